@@ -1,0 +1,98 @@
+"""The configuration of a run. Plain dataclasses; imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How long and on what to train. The engine is Lightning's Trainer.
+
+    Attributes:
+        max_epochs: passes over the training set.
+        max_steps: stop after this many optimiser steps; None = no limit.
+        max_minutes: stop after this much wall time; None = no limit.
+        batch_size: global batch, shared out between processes.
+        eval_batch_size: batch in evaluation; changes no figure.
+        patience: stop after this many epochs without a better validation score; None = never.
+        gradient_clip: largest gradient norm; None = no clipping.
+        precision: Lightning's names.
+        accelerator: "auto", "cpu", "gpu".
+        devices: processes (cpu) or cards (gpu).
+        threads: CPU threads a process; None = leave PyTorch's choice.
+        num_workers: loader processes.
+        checkpoint_every: also save each this many steps (a checkpoint is always saved at the end of an epoch); None = never.
+        log_every: a row of metrics.csv each this many steps.
+        deterministic: refuse operations without a deterministic form.
+        progress: one line of progress on stderr.
+    """
+
+    max_epochs: int = 10
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 32
+    eval_batch_size: int = 256
+    patience: int | None = 3
+    gradient_clip: float | None = None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    threads: int | None = None
+    num_workers: int = 0
+    checkpoint_every: int | None = None
+    log_every: int = 10
+    deterministic: bool = False
+    progress: bool = True
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule.
+
+    Attributes:
+        name: "adam", "adamw" or "sgd".
+        lr: learning rate at the start.
+        weight_decay: decoupled for adamw.
+        betas: Adam's two decay rates.
+        schedule: "constant"; "halve" (times 1/2 after each epoch, as Informer and Autoformer train);
+            "cosine" (to zero over the run); "decay" (constant for `warmup` epochs, then times `gamma` an epoch).
+        warmup: steps of linear warm-up for "cosine", epochs before the decay for "decay".
+        gamma: factor an epoch of "decay".
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "halve", "cosine", "decay"] = "halve"
+    warmup: int = 0
+    gamma: float = 0.9
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides a run; saved whole as config.yaml.
+
+    Attributes:
+        app: the application's name.
+        model: name of the model; `model_args` is its own dataclass.
+        data: name of a data set or path of a file of one's own; `data_args` is the app's data dataclass.
+        mixer: name of the attention mechanism; None = the paper's own.
+        mixer_args: options of the mechanism.
+        seed: decides weights, order of samples, augmentation and dropout.
+        runs: folder under which run folders are made.
+    """
+
+    app: str
+    model: str
+    model_args: Any
+    data: str
+    data_args: Any
+    mixer: str | None = None
+    mixer_args: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    runs: str = "runs"

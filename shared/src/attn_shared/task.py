@@ -1,0 +1,134 @@
+"""What an application implements: one Task. The engine (trainer.py, compare.py, report.py) does the rest."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from attn_shared.config import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(kw_only=True)
+class DataBundle:
+    """The data of a run, split.
+
+    Attributes:
+        train, val, test: map-style data sets. An item is a dict of tensors; `__getitems__(list[int])` may return a
+            whole batch at once, which is used as it is. A train set may define `set_epoch(seed, epoch)`: augmentation
+            then follows from seed, epoch and index.
+        state: JSON-able statistics fitted on the training split (scalers, vocabularies, names): all that `predict`
+            needs beside the weights. Stored in the checkpoint.
+        facts: what the report shows about the data: counts a split, ranges, gaps found.
+        collate: as in torch's DataLoader; None = default.
+        protocol: one sentence that names the evaluation protocol; stands under every table.
+    """
+
+    train: Dataset[Any] | None
+    val: Dataset[Any] | None
+    test: Dataset[Any] | None
+    state: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] | None = None
+    protocol: str = ""
+
+    def split(self, name: str) -> Dataset[Any] | None:
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+
+@dataclass(kw_only=True)
+class Picture:
+    """A figure for the report."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+class Task(lightning.LightningModule):
+    """An app's task: builds the model, gives the loss, accumulates metrics, draws pictures, predicts files.
+
+    The engine calls, in order: `load_data(config)`; `Task(config, bundle.state)`; training with `training_loss`;
+    after each epoch and at the end `reset_metrics`, `update_metrics` over all batches of a split, `compute_metrics`.
+
+    Class attributes:
+        primary: name of the metric that chooses the best epoch and orders tables.
+        maximize: whether more of it is better.
+    """
+
+    primary: ClassVar[str]
+    maximize: ClassVar[bool] = False
+    metric_format: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, config: RunConfig, data_state: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.data_state = dict(data_state)
+
+    @classmethod
+    @abstractmethod
+    def load_data(cls, config: RunConfig, *, state: Mapping[str, Any] | None = None) -> DataBundle:
+        """Read and split the data. With `state` (from a checkpoint) nothing is fitted anew: eval on other data."""
+
+    @property
+    @abstractmethod
+    def model(self) -> torch.nn.Module:
+        """The network whose parameters are trained and saved."""
+
+    @abstractmethod
+    def training_loss(self, batch: Any) -> Tensor:
+        """Mean loss of a training batch, a scalar."""
+
+    @abstractmethod
+    def reset_metrics(self, split: str) -> None:
+        """Forget what `update_metrics` gathered for `split`."""
+
+    @abstractmethod
+    def update_metrics(self, split: str, batch: Any) -> None:
+        """Take in one evaluation batch. Sums and counts, so that neither batch size nor processes change the result."""
+
+    @abstractmethod
+    def metric_state(self, split: str) -> dict[str, Tensor]:
+        """The sums as float64 tensors; the engine adds them up over processes before `compute_metrics`."""
+
+    @abstractmethod
+    def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Final figures of a split from the summed state."""
+
+    @abstractmethod
+    def example_batch(self, bundle: DataBundle, size: int) -> Any:
+        """A batch of `size` real samples for measuring cost."""
+
+    @abstractmethod
+    def forward_batch(self, batch: Any) -> Tensor:
+        """The model's output for a batch: what inference costs."""
+
+    @classmethod
+    def baselines(cls, config: RunConfig, bundle: DataBundle) -> list[dict[str, Any]]:
+        """Rows for the table beside the model: {"model": name, **metrics}: a random or trivial and a strong simple one."""
+        return []
+
+    def published(self) -> list[dict[str, Any]]:
+        """Rows of published figures under the same protocol: {"model": name, "source": where, **metrics}."""
+        return []
+
+    def pictures(self, bundle: DataBundle) -> Iterable[Picture]:
+        """Figures of the task on the test split for the report."""
+        return ()
+
+    @abstractmethod
+    def predict_files(self, inputs: Sequence[Path], output: Path, options: Mapping[str, Any]) -> list[Path]:
+        """Read each input, write predictions under `output`, return the files written.
+
+        A bad file is a UserError that names it; files already written stay whole.
+        """
