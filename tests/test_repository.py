@@ -1,0 +1,77 @@
+"""The shape of the repository itself: who imports whom, and what the packages promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    path.parent.name: path.parent
+    for pattern in ("packages/*/src/*/__init__.py", "shared/src/*/__init__.py", "apps/*/src/*/__init__.py")
+    for path in ROOT.glob(pattern)
+}
+APPS = {name for name, path in PACKAGES.items() if path.is_relative_to(ROOT / "apps")}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level names imported anywhere in a file, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_imports_point_one_way(name: str) -> None:
+    allowed = {"core_attn": set(), "attn_shared": {"core_attn"}}.get(name, {"core_attn", "attn_shared"}) | {name}
+    for path in PACKAGES[name].rglob("*.py"):
+        wrong = (imported_packages(path) & set(PACKAGES)) - allowed
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: {name} may import only {allowed}"
+
+
+def test_the_core_needs_torch_alone() -> None:
+    third_party = {"torch", "triton", "flash_attn"}
+    for path in PACKAGES["core_attn"].rglob("*.py"):
+        extra = imported_packages(path) - set(sys.stdlib_module_names) - third_party - {"core_attn"}
+        assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_every_import_is_declared(name: str) -> None:
+    project = tomllib.loads((PACKAGES[name].parent.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=~! ]", item)[0].lower().replace("-", "_") for item in project["dependencies"]}
+    declared |= {"yaml"} if "pyyaml" in declared else set()
+    optional = {"triton", "flash_attn", "resource"}
+    for path in PACKAGES[name].rglob("*.py"):
+        used = imported_packages(path) - set(sys.stdlib_module_names) - {name} - optional
+        assert used <= declared, f"{path.relative_to(ROOT)} imports {used - declared}, which pyproject.toml does not name"
+
+
+def test_torch_is_pinned_exactly() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert "torch==2.13.0" in pins
+    assert all("==" in line for line in pins if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("app", sorted(APPS))
+def test_make_has_the_targets_of_every_app(app: str) -> None:
+    short = app.removeprefix("attn_")
+    listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for command in ("train", "eval", "compare"):
+        assert f"{command}-{short}" in listing
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert "make demo" in (ROOT / "README.md").read_text()
