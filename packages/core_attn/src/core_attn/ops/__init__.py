@@ -1,0 +1,24 @@
+"""Attention operators: pure functions on tensors of shape (B, H, L, D), every one with the keyword `backend`.
+
+The functions are imported on first use; `core_attn.dispatch.operators()` holds their backends.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "softmax_attention": "core_attn.ops.softmax",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'core_attn.ops' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]
