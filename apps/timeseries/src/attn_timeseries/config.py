@@ -1,0 +1,291 @@
+"""The models' options and their list. Plain dataclasses without torch, so that `--help` answers at once.
+
+Defaults are the sizes of each paper's published ETTh1 experiments. Option names are those of the official code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attn_shared.app import ModelCard
+
+Activation = Literal["gelu", "relu"]
+
+
+@dataclass(kw_only=True)
+class AutoformerConfig:
+    """Autoformer (S73), Appendix C and the published scripts.
+
+    Attributes:
+        d_model: channels of a token.
+        n_heads: attention heads; divides d_model.
+        e_layers: encoder layers.
+        d_layers: decoder layers.
+        d_ff: width of the feed-forward layers.
+        moving_avg: kernel of the decomposition's moving average, in steps; odd.
+        factor: c in "the top floor(c ln L) delays" of Auto-Correlation.
+        dropout: probability.
+        activation: of the feed-forward layers.
+    """
+
+    d_model: int = 512
+    n_heads: int = 8
+    e_layers: int = 2
+    d_layers: int = 1
+    d_ff: int = 2048
+    moving_avg: int = 25
+    factor: int = 3
+    dropout: float = 0.05
+    activation: Activation = "gelu"
+
+
+@dataclass(kw_only=True)
+class InformerConfig:
+    """Informer (S83), Section 5 and the published scripts.
+
+    Attributes:
+        d_model: channels of a token.
+        n_heads: attention heads; divides d_model.
+        e_layers: encoder layers; with `distil`, the sequence halves after each but the last.
+        d_layers: decoder layers.
+        d_ff: width of the feed-forward layers.
+        factor: c in "c ln L sampled keys" and "c ln L active queries" of ProbSparse attention.
+        distil: self-attention distilling between encoder layers (Equation 5).
+        mix: order in which the decoder's ProbSparse self-attention hands its heads to the output projection. True, as
+            published results were made: the (head, time) axes are read as if they were (time, head), which mixes heads
+            with time. False: each token keeps its own heads.
+        dropout: probability.
+        activation: of the feed-forward layers.
+    """
+
+    d_model: int = 512
+    n_heads: int = 8
+    e_layers: int = 2
+    d_layers: int = 1
+    d_ff: int = 2048
+    factor: int = 5
+    distil: bool = True
+    mix: bool = True
+    dropout: float = 0.05
+    activation: Activation = "gelu"
+
+
+@dataclass(kw_only=True)
+class TransformerConfig:
+    """The encoder-decoder Transformer as the forecasting papers run it beside their own models.
+
+    Attributes:
+        d_model: channels of a token.
+        n_heads: attention heads; divides d_model.
+        e_layers: encoder layers.
+        d_layers: decoder layers.
+        d_ff: width of the feed-forward layers.
+        dropout: probability, of attention weights too.
+        activation: of the feed-forward layers.
+    """
+
+    d_model: int = 512
+    n_heads: int = 8
+    e_layers: int = 2
+    d_layers: int = 1
+    d_ff: int = 2048
+    dropout: float = 0.1
+    activation: Activation = "gelu"
+
+
+@dataclass(kw_only=True)
+class FlowformerConfig(TransformerConfig):
+    """Flowformer (S217) in the encoder-decoder of its authors' forecasting code; see `TransformerConfig`."""
+
+
+@dataclass(kw_only=True)
+class ITransformerConfig:
+    """iTransformer, sizes of the published ETTh1 96-step script.
+
+    Attributes:
+        d_model: channels of a variate's token.
+        n_heads: attention heads; divides d_model.
+        e_layers: encoder layers.
+        d_ff: width of the feed-forward layers.
+        use_norm: standardise each window by its own mean and deviation, and undo it in the forecast.
+        dropout: probability, of attention weights too.
+        activation: of the feed-forward layers.
+    """
+
+    d_model: int = 256
+    n_heads: int = 8
+    e_layers: int = 2
+    d_ff: int = 256
+    use_norm: bool = True
+    dropout: float = 0.1
+    activation: Activation = "gelu"
+
+
+@dataclass(kw_only=True)
+class PatchTSTConfig:
+    """PatchTST, sizes of the published ETTh1 script (look-back 336).
+
+    Attributes:
+        d_model: channels of a patch's token.
+        n_heads: attention heads; divides d_model.
+        e_layers: encoder layers.
+        d_ff: width of the feed-forward layers.
+        patch_len: steps of a patch; the look-back must hold at least one.
+        stride: steps between starts of patches; the series' end is extended by this many copies of its last value.
+        res_attention: add each layer's attention scores to the next layer's (RealFormer); only the softmax mechanism
+            has scores, so with another mixer it falls away.
+        revin: standardise each window by its own mean and deviation, and undo it in the forecast.
+        affine: learn a scale and a shift a channel in that normalisation.
+        subtract_last: subtract the window's last value instead of its mean.
+        individual: one output layer a channel instead of one shared.
+        dropout: probability in the encoder.
+        head_dropout: probability after the output layer.
+    """
+
+    d_model: int = 16
+    n_heads: int = 4
+    e_layers: int = 3
+    d_ff: int = 128
+    patch_len: int = 16
+    stride: int = 8
+    res_attention: bool = True
+    revin: bool = True
+    affine: bool = False
+    subtract_last: bool = False
+    individual: bool = False
+    dropout: float = 0.3
+    head_dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class DLinearConfig:
+    """DLinear.
+
+    Attributes:
+        moving_avg: kernel of the decomposition's moving average, in steps; odd.
+        individual: one pair of linear maps a channel instead of one shared.
+    """
+
+    moving_avg: int = 25
+    individual: bool = False
+
+
+@dataclass(kw_only=True)
+class NaiveConfig:
+    """Repeat the last value: nothing to choose."""
+
+
+@dataclass(kw_only=True)
+class SeasonalNaiveConfig:
+    """Repeat the last season.
+
+    Attributes:
+        season: steps of a season; 0 = what the data's frequency suggests (24 for hours).
+    """
+
+    season: int = 0
+
+
+_SELF = ("noncausal_self",)
+
+MODELS: dict[str, ModelCard] = {
+    card.name: card
+    for card in (
+        ModelCard(
+            name="autoformer",
+            title="Autoformer: Decomposition Transformers with Auto-Correlation for Long-Term Series Forecasting",
+            source="S73",
+            year=2021,
+            target="attn_timeseries.models.autoformer:Autoformer",
+            config=AutoformerConfig,
+            mixer="auto_correlation",
+            mixer_patterns=_SELF,
+            note="seasonal and trend parts, split in every layer; the mixer is in encoder and decoder",
+        ),
+        ModelCard(
+            name="informer",
+            title="Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting",
+            source="S83",
+            year=2021,
+            target="attn_timeseries.models.informer:Informer",
+            config=InformerConfig,
+            mixer="prob_sparse",
+            mixer_patterns=_SELF,
+            note="distilling encoder, one-pass decoder; the mixer is the self-attention of both",
+        ),
+        ModelCard(
+            name="flowformer",
+            title="Flowformer: Linearizing Transformers with Conservation Flows",
+            source="S217",
+            year=2022,
+            target="attn_timeseries.models.flowformer:Flowformer",
+            config=FlowformerConfig,
+            mixer="flow",
+            mixer_patterns=_SELF,
+            note="Transformer with linear attention; the mixer is in the encoder",
+        ),
+        ModelCard(
+            name="transformer",
+            title="Attention Is All You Need",
+            source="Vaswani et al. 2017",
+            year=2017,
+            target="attn_timeseries.models.transformer:Transformer",
+            config=TransformerConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            note="encoder-decoder over time steps; the mixer is in encoder and decoder",
+        ),
+        ModelCard(
+            name="itransformer",
+            title="iTransformer: Inverted Transformers Are Effective for Time Series Forecasting",
+            source="Liu et al. 2024",
+            year=2024,
+            target="attn_timeseries.models.itransformer:ITransformer",
+            config=ITransformerConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            note="a variate is a token",
+        ),
+        ModelCard(
+            name="patchtst",
+            title="A Time Series is Worth 64 Words: Long-term Forecasting with Transformers",
+            source="Nie et al. 2023",
+            year=2023,
+            target="attn_timeseries.models.patchtst:PatchTST",
+            config=PatchTSTConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            note="a patch is a token, each channel by itself",
+        ),
+        ModelCard(
+            name="dlinear",
+            title="Are Transformers Effective for Time Series Forecasting?",
+            source="Zeng et al. 2023",
+            year=2023,
+            target="attn_timeseries.models.dlinear:DLinear",
+            config=DLinearConfig,
+            note="two linear maps from look-back to horizon: the baseline to beat",
+        ),
+        ModelCard(
+            name="naive",
+            title="Repeat the last value",
+            source="baseline",
+            year=0,
+            target="attn_timeseries.models.naive:Naive",
+            config=NaiveConfig,
+            trainable=False,
+            note="no parameters",
+        ),
+        ModelCard(
+            name="seasonal_naive",
+            title="Repeat the last season",
+            source="baseline",
+            year=0,
+            target="attn_timeseries.models.naive:SeasonalNaive",
+            config=SeasonalNaiveConfig,
+            trainable=False,
+            note="no parameters; the last value where the look-back is shorter than a season",
+        ),
+    )
+}

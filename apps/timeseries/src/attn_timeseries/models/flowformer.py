@@ -1,0 +1,39 @@
+"""Flowformer: Linearizing Transformers with Conservation Flows (S217), in its authors' forecasting form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attn_timeseries.config import FlowformerConfig
+from attn_timeseries.models.base import SeriesShape
+from attn_timeseries.models.layers import DecoderLayer
+from attn_timeseries.models.transformer import Transformer
+
+
+class Flowformer(Transformer):
+    """The Transformer with Flow-Attention, linear in the look-back, in the encoder.
+
+    As in the official forecasting code, the decoder keeps softmax attention, causal in itself.
+
+    Args:
+        config, shape, mixer, mixer_args: see `ForecastModel`. The mixer is the encoder's self-attention.
+
+    Raises:
+        ValueError: a mixer that cannot compute noncausal self-attention.
+    """
+
+    config: FlowformerConfig
+
+    def __init__(
+        self,
+        config: FlowformerConfig,
+        shape: SeriesShape,
+        *,
+        mixer: str | None = None,
+        mixer_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config, shape, mixer=mixer or "flow", mixer_args=mixer_args)
+
+    def _decoder_layer(self, mixer: str, options: Mapping[str, Any]) -> DecoderLayer:
+        return super()._decoder_layer("softmax", {})

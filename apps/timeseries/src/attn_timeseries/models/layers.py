@@ -1,0 +1,234 @@
+"""Parts that several of the models share.
+
+Shapes: B batch, L tokens, M context tokens, D = d_model channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core_attn import registry
+from core_attn.api import build, parameters
+from core_attn.contract import Pattern, TokenMixer
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+
+
+# --- token mixers ---
+
+
+def fitting_mixers(*, causal: bool = False, cross: bool = False) -> list[str]:
+    """Names of the mechanisms of `core_attn` that mix a plain sequence of tokens in this pattern."""
+    pattern = Pattern.of(causal=causal, cross=cross)
+    return [
+        name
+        for name in registry.names()
+        if issubclass(registry.get(name), TokenMixer) and pattern in registry.get(name).info.patterns
+    ]
+
+
+def self_mixer(
+    name: str, dim: int, heads: int, *, causal: bool = False, dropout: float = 0.0, options: Mapping[str, Any]
+) -> TokenMixer:
+    """The self-attention of a layer: the mechanism `name` with `options`.
+
+    Args:
+        name: a mechanism of `core_attn` for noncausal self-attention.
+        dim: channels D.
+        heads: used by mechanisms that have heads.
+        causal: ask for the causal form, where the mechanism has one; otherwise the noncausal form is built.
+        dropout: probability, used by mechanisms that have attention dropout.
+        options: the mechanism's own; a `dropout` among them wins.
+
+    Raises:
+        ValueError: the mechanism does not exist, cannot mix a sequence with itself, or refuses an option.
+    """
+    mechanism = registry.get(name)
+    if not issubclass(mechanism, TokenMixer) or not mechanism.info.supports(causal=False, cross=False):
+        raise ValueError(
+            f"{name} cannot compute noncausal self attention over a sequence, which these models need; "
+            f"mixers that can: {', '.join(fitting_mixers())}"
+        )
+    causal = causal and mechanism.info.supports(causal=True, cross=False)
+    return _build(name, dim, heads, causal=causal, cross=False, dropout=dropout, options=options)
+
+
+def cross_mixer(name: str, dim: int, heads: int, *, dropout: float = 0.0, options: Mapping[str, Any]) -> TokenMixer:
+    """The cross-attention of a decoder layer: `name` where it has a cross pattern, otherwise softmax attention."""
+    if not registry.get(name).info.supports(causal=False, cross=True):
+        name, options = "softmax", {}
+    return _build(name, dim, heads, causal=False, cross=True, dropout=dropout, options=options)
+
+
+def _build(
+    name: str, dim: int, heads: int, *, causal: bool, cross: bool, dropout: float, options: Mapping[str, Any]
+) -> TokenMixer:
+    if "dropout" in parameters(registry.get(name)):
+        options = {"dropout": dropout, **options}
+    return build(name, dim=dim, heads=heads, causal=causal, cross=cross, **options)
+
+
+# --- decomposition into trend and remainder (Autoformer, Equation 1; DLinear) ---
+
+
+class SeriesDecomposition(nn.Module):
+    """Trend = moving average over `kernel` steps, both ends extended by copies of the end value; remainder = x - trend.
+
+    Pooling along time costs O(L) and serves every length. For the lengths given, up to `MATRIX_STEPS`, the product with
+    an L x L banded matrix is used instead: the same mean, about twice as fast there, as it needs no transposed copies.
+
+    Args:
+        kernel: steps averaged; odd, so that the average is centred.
+        lengths: lengths L that will come.
+
+    Raises:
+        ValueError: an even kernel, or one below 1.
+    """
+
+    MATRIX_STEPS = 256
+
+    def __init__(self, kernel: int, *lengths: int) -> None:
+        super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"moving_avg must be a positive odd number of steps, got {kernel}")
+        self.kernel = kernel
+        for steps in {n for n in lengths if n <= self.MATRIX_STEPS}:
+            self.register_buffer(f"counts_{steps}", self._window_counts(steps), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) -> remainder, trend, both (B, L, C)."""
+        remainder = self.remainder(x)
+        return remainder, x - remainder
+
+    def remainder(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> x minus its moving average, (B, L, C)."""
+        counts = getattr(self, f"counts_{x.shape[1]}", None)
+        if counts is not None:
+            return torch.baddbmm(x, counts.expand(x.shape[0], -1, -1), x, alpha=-1 / self.kernel)
+        half = (self.kernel - 1) // 2
+        extended = F.pad(x.transpose(1, 2), (half, half), mode="replicate")
+        return x - F.avg_pool1d(extended, self.kernel, stride=1).transpose(1, 2)
+
+    def _window_counts(self, steps: int) -> Tensor:
+        """(L, L): how often step j is in the window around step i. Integers, so exact in every dtype."""
+        half = (self.kernel - 1) // 2
+        read = (torch.arange(steps).unsqueeze(1) + torch.arange(-half, half + 1)).clamp(0, steps - 1)
+        return torch.zeros(steps, steps).scatter_add_(1, read, torch.ones(read.shape))
+
+
+# --- circular convolution over three steps ---
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, L, 3 C): the step before, the step and the step after, on a circle.
+
+    A circular convolution of kernel 3 is then one linear layer, whose weight is (out, 3 C).
+    """
+    return torch.cat([x.roll(1, dims=1), x, x.roll(-1, dims=1)], dim=-1)
+
+
+# --- normalisation of a window by its own statistics ---
+
+
+class WindowNorm(nn.Module):
+    """Standardise each window and channel by its own mean and deviation, and undo it in the forecast.
+
+    "Reversible Instance Normalization for Accurate Time-Series Forecasting" (Kim et al., 2022), and without the affine
+    map the normalisation of "Non-stationary Transformers" (Liu et al., 2022).
+
+    Args:
+        channels: C.
+        affine: learn a scale and a shift a channel.
+        subtract_last: subtract the last value instead of the mean.
+        fixed_deviation: no gradient flows through the deviation to the input, as in the first paper's code; in the
+            second's it does. (None flows through the mean in either.)
+    """
+
+    EPS = 1e-5
+
+    def __init__(
+        self, channels: int, *, affine: bool = False, subtract_last: bool = False, fixed_deviation: bool = True
+    ) -> None:
+        super().__init__()
+        self.subtract_last = subtract_last
+        self.fixed_deviation = fixed_deviation
+        self.scale = nn.Parameter(torch.ones(channels)) if affine else None
+        self.shift = nn.Parameter(torch.zeros(channels)) if affine else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, L, C) -> the standardised window (B, L, C) and its (centre, deviation), each (B, 1, C)."""
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        deviation = (variance + self.EPS).sqrt()
+        deviation = deviation.detach() if self.fixed_deviation else deviation
+        centre = x[:, -1:] if self.subtract_last else mean.detach()
+        x = (x - centre) / deviation
+        if self.scale is not None:
+            x = x * self.scale + self.shift
+        return x, (centre, deviation)
+
+    def undo(self, y: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, T, C) forecast of the standardised window -> forecast of the window."""
+        centre, deviation = statistics
+        if self.scale is not None:
+            y = (y - self.shift) / (self.scale + self.EPS**2)
+        return y * deviation + centre
+
+
+# --- Transformer layers (Informer, Flowformer, iTransformer, Transformer) ---
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, the same for every token: D -> d_ff -> D, with dropout after each."""
+
+    def __init__(self, dim: int, hidden: int, *, dropout: float, activation: str, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
+
+
+class EncoderLayer(nn.Module):
+    """Attention, then feed-forward, each added to its input and layer-normalised after."""
+
+    def __init__(self, attention: TokenMixer, hidden: int, *, dropout: float, activation: str) -> None:
+        super().__init__()
+        self.attention = attention
+        self.norm1 = nn.LayerNorm(attention.dim)
+        self.feed_forward = FeedForward(attention.dim, hidden, dropout=dropout, activation=activation)
+        self.norm2 = nn.LayerNorm(attention.dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        return self.norm2(x + self.feed_forward(x))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention to the encoder's output, feed-forward, each added and layer-normalised after."""
+
+    def __init__(
+        self, attention: TokenMixer, cross_attention: TokenMixer, hidden: int, *, dropout: float, activation: str
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.norm1 = nn.LayerNorm(attention.dim)
+        self.cross_attention = cross_attention
+        self.norm2 = nn.LayerNorm(attention.dim)
+        self.feed_forward = FeedForward(attention.dim, hidden, dropout=dropout, activation=activation)
+        self.norm3 = nn.LayerNorm(attention.dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, L, D), (B, M, D) -> (B, L, D)."""
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        x = self.norm2(x + self.dropout(self.cross_attention(x, context=context)))
+        return self.norm3(x + self.feed_forward(x))
