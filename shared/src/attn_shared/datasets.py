@@ -30,7 +30,8 @@ def locate(card: DataCard) -> Path:
     """The folder that holds all files of the card, their sizes checked.
 
     Raises:
-        UserError: a file is missing or has another size; the message says what to download, from where, where to put it.
+        UserError: a file is missing or has another size; the message says what to download, from where, and where to
+            put it.
     """
     missing = [file for file in card.files if not (folder(card) / file.path).is_file()]
     if missing:
@@ -127,8 +128,7 @@ def list_data(app: App) -> str:
     rows += [(card.name, state_of(card), card.size, card.title) for card in app.datasets.values()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"Data sets of {app.name}, looked up under {_root()} (set ATTN_DATA to change)", ""]
-    for row in rows:
-        lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip())
+    lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip() for row in rows]
     lines += ["", f"`{app.name} data fetch NAME` downloads and verifies, `{app.name} data check NAME` verifies."]
     if app.file_formats:
         lines += ["", "Files of your own", textwrap.fill(" ".join(app.file_formats.split()), 100)]

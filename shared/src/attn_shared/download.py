@@ -155,7 +155,7 @@ def _fetch_rest(url: str, file: BinaryIO, target: Path, timeout: float) -> None:
         if error.code in (404, 410):
             raise DownloadError(f"{url} does not exist (any more): the server answered {error.code}") from None
         raise DownloadError(f"{url} was refused: the server answered {error.code} {error.reason}") from None
-    except (urllib.error.URLError, http.client.HTTPException, socket.timeout, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise _Retry(_reason(error)) from None
 
 

@@ -48,8 +48,8 @@ DEFINITIONS = {
     "latency_ms": "Forward of one sample in evaluation, median.",
     "eval_samples_per_s": "Forward of a real evaluation batch, median of several.",
     "peak_memory_mb": (
-        "Most memory tensors held at once during a training step, in MiB: parameters, gradients, the batch, activations "
-        "and workspaces; without the optimiser's state."
+        "Most memory tensors held at once during a training step, in MiB: parameters, gradients, the batch, "
+        "activations and workspaces; without the optimiser's state."
     ),
 }
 
