@@ -9,6 +9,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "auto_correlation": "core_attn.ops.autocorrelation",
+    "flow_attention": "core_attn.ops.flow",
+    "prob_sparse_attention": "core_attn.ops.prob_sparse",
     "softmax_attention": "core_attn.ops.softmax",
 }
 __all__ = sorted(_PUBLIC)

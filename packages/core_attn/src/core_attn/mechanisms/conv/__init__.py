@@ -1,0 +1,1 @@
+"""Mechanisms that mix tokens by convolution or correlation along the sequence."""

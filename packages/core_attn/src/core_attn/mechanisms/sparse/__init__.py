@@ -1,0 +1,1 @@
+"""Mechanisms that compute some of the pairs of tokens only."""
