@@ -16,8 +16,8 @@ _PUBLIC = {
     "describe": "core_attn.api",
     "explain": "core_attn.api",
     "list": "core_attn.api",
-    "capture": "core_attn.capture",
-    "edit": "core_attn.capture",
+    "capture": "core_attn.maps",
+    "edit": "core_attn.maps",
     "FeatureGate": "core_attn.contract",
     "Growth": "core_attn.contract",
     "MechanismInfo": "core_attn.contract",
@@ -26,7 +26,7 @@ _PUBLIC = {
     "register": "core_attn.registry",
     "UnknownNameError": "core_attn.naming",
 }
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

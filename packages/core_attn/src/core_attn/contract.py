@@ -59,6 +59,7 @@ class MechanismInfo:
         compiles: works under torch.compile and torch.export.
         double_backward: gradients of gradients are defined.
         min_length: the smallest L the definition makes sense for.
+        operator: name of the operator in `core_attn.ops` it computes with; empty where that is its own name.
     """
 
     name: str
@@ -78,6 +79,7 @@ class MechanismInfo:
     compiles: bool = True
     double_backward: bool = True
     min_length: int = 1
+    operator: str = ""
 
     def supports(self, *, causal: bool, cross: bool) -> bool:
         return Pattern.of(causal=causal, cross=cross) in self.patterns
@@ -104,7 +106,7 @@ class TokenMixer(Mechanism):
             raise ValueError(f"dim must be a positive integer, got {dim}")
         self.dim = dim
         self.causal = causal
-        # Set by core_attn.capture and core_attn.edit while they are active; see capture.py.
+        # Set by core_attn.capture and core_attn.edit while they are active; see maps.py.
         self._tap: Callable[..., Any] | None = None
 
     def forward(
@@ -182,7 +184,9 @@ class TokenMixer(Mechanism):
             if len(grid) not in self.info.grid_ranks:
                 raise ValueError(f"{name} takes no grid of rank {len(grid)}")
             if torch.Size(grid).numel() != x.shape[1]:
-                raise ValueError(f"{name}: grid {tuple(grid)} holds {torch.Size(grid).numel()} tokens, x has {x.shape[1]}")
+                raise ValueError(
+                    f"{name}: grid {tuple(grid)} holds {torch.Size(grid).numel()} tokens, x has {x.shape[1]}"
+                )
         if generator is not None and not self.info.stochastic:
             raise ValueError(f"{name} draws no random numbers and takes no generator")
 

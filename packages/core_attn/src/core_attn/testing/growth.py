@@ -1,0 +1,133 @@
+"""How much work and memory a computation takes, counted instead of timed, so that two runs give the same figures."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from core_attn.contract import Growth
+
+aten = torch.ops.aten
+
+# Reading a few places of a large tensor, or writing them, does not touch all of it.
+_READS_PLACES = {aten.gather, aten.index, aten.index_select, aten.embedding, aten.take}
+_WRITES_PLACES = {aten.index_put_, aten.scatter_, aten.scatter_add_, aten.index_add_, aten.index_copy_}
+_FFT = {aten._fft_r2c, aten._fft_c2r, aten._fft_c2c}
+_SORTS = {aten.sort, aten.topk, aten.argsort}
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one computation took.
+
+    Attributes:
+        work: floating point operations of matrix products, attention kernels and transforms, plus the elements that
+            every other operation reads and writes.
+        peak_bytes: the most bytes alive at once, of tensors made during the computation.
+    """
+
+    work: float
+    peak_bytes: int
+
+
+class CountingMode(TorchDispatchMode):
+    """Counts every operation below it, backward passes and the inside of custom operators included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = 0.0
+        self.bytes = 0
+        self.peak_bytes = 0
+        self._live: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prim", "prims"):
+            # A custom operator: run its kernel under this mode, so that what it does inside is counted.
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            key = torch._C.DispatchKey.CUDA if any(t.is_cuda for t in tensors) else torch._C.DispatchKey.CPU
+            with self:
+                return func._op_dk(key, *args, **kwargs)
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if not _is_view(func):
+            self.work += _work(func, args, kwargs, out, outputs)
+        for t in outputs:
+            self._track(t)
+        return out
+
+    def _track(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size = storage.nbytes()
+
+        def freed(_: Any) -> None:
+            del self._live[key]
+            self.bytes -= size
+
+        self._live[key] = weakref.ref(storage, freed)
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+
+def count(computation: Callable[[], Any]) -> Count:
+    """Run `computation` and count it. Its inputs must exist already: only what it makes is counted."""
+    mode = CountingMode()
+    with mode:
+        kept = computation()
+    del kept
+    return Count(mode.work, mode.peak_bytes)
+
+
+def exponent(figures: Sequence[float]) -> float:
+    """Slope of log figure over log length at the last doubling of the length: 1 for L, 2 for L^2."""
+    return math.log2(figures[-1] / figures[-2])
+
+
+def expected_exponent(growth: Growth, length: int) -> float:
+    """What `exponent` would be for exactly this order when lengths end at `length`."""
+    if growth is Growth.LOGLINEAR:
+        return 1 + math.log2(math.log(length) / math.log(length / 2))
+    return {Growth.CONSTANT: 0.0, Growth.LINEAR: 1.0, Growth.ROOT: 1.5, Growth.QUADRATIC: 2.0}[growth]
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _work(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, outputs: Sequence[Tensor]) -> float:
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        return float(flop_registry[packet](*args, **kwargs, out_val=out))
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    written = sum(t.numel() for t in outputs)
+    if "scaled_dot_product" in packet.__name__:  # kernels that torch's own table lacks: q, k, v come first
+        backward = "backward" in packet.__name__
+        q, k, v = inputs[1:4] if backward else inputs[:3]
+        products = q.shape[:-1].numel() * k.shape[-2]
+        return 2.0 * products * (q.shape[-1] + v.shape[-1]) * (2.5 if backward else 1)
+    if packet in _FFT:
+        size = max(max(t.numel() for t in inputs), written)
+        points = math.prod(max(inputs[0].shape[d], outputs[0].shape[d]) for d in args[1])
+        return size * max(1.0, math.log2(max(points, 2)))
+    if packet in _SORTS:
+        return inputs[0].numel() * max(1.0, math.log2(max(inputs[0].shape[-1] if inputs[0].dim() else 1, 2)))
+    if packet in _READS_PLACES:
+        return float(written + sum(t.numel() for t in inputs[1:]))
+    if packet in _WRITES_PLACES:
+        return float(sum(t.numel() for t in inputs[1:]))
+    return float(written + sum(t.numel() for t in inputs))
