@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attn_timeseries.config import DLinearConfig
 from attn_timeseries.models.base import MixerFreeModel, SeriesShape
-from attn_timeseries.models.layers import SeriesDecomposition
+from attn_timeseries.models.layers import ChannelLinear, SeriesDecomposition
 
 
 class DLinear(MixerFreeModel):
@@ -34,28 +33,10 @@ class DLinear(MixerFreeModel):
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
         self.decomposition = SeriesDecomposition(config.moving_avg, shape.seq_len)
         maps = shape.channels if config.individual else 1
-        self.seasonal = TimeLinear(maps, shape.seq_len, shape.pred_len)
-        self.trend = TimeLinear(maps, shape.seq_len, shape.pred_len)
+        self.seasonal = ChannelLinear(maps, shape.seq_len, shape.pred_len)
+        self.trend = ChannelLinear(maps, shape.seq_len, shape.pred_len)
 
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         self.check_inputs(x, x_mark, y_mark)
         seasonal, trend = self.decomposition(x)
         return self.seasonal(seasonal) + self.trend(trend)
-
-
-class TimeLinear(nn.Module):
-    """(B, L, C) -> (B, T, C): a linear layer along time; `maps` is 1 (shared) or C (one a channel).
-
-    weight (maps, T, L) and bias (maps, T) start as `nn.Linear`'s.
-    """
-
-    def __init__(self, maps: int, steps_in: int, steps_out: int) -> None:
-        super().__init__()
-        bound = steps_in**-0.5
-        self.weight = nn.Parameter(torch.empty(maps, steps_out, steps_in).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(maps, steps_out).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.shape[0] == 1:
-            return nn.functional.linear(x.transpose(1, 2), self.weight[0], self.bias[0]).transpose(1, 2)
-        return torch.einsum("blc,ctl->btc", x, self.weight) + self.bias.T

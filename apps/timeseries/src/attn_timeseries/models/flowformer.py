@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from attn_timeseries.config import FlowformerConfig
-from attn_timeseries.models.base import SeriesShape
 from attn_timeseries.models.layers import DecoderLayer
 from attn_timeseries.models.transformer import Transformer
 
@@ -20,20 +19,11 @@ class Flowformer(Transformer):
         config, shape, mixer, mixer_args: see `ForecastModel`. The mixer is the encoder's self-attention.
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention.
+        ValueError: a mixer that cannot compute noncausal self-attention; no encoder or no decoder layer.
     """
 
     config: FlowformerConfig
-
-    def __init__(
-        self,
-        config: FlowformerConfig,
-        shape: SeriesShape,
-        *,
-        mixer: str | None = None,
-        mixer_args: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(config, shape, mixer=mixer or "flow", mixer_args=mixer_args)
+    own_mixer: ClassVar[str] = "flow"
 
     def _decoder_layer(self, mixer: str, options: Mapping[str, Any]) -> DecoderLayer:
         return super()._decoder_layer("softmax", {})

@@ -132,6 +132,32 @@ def neighbours(x: Tensor) -> Tensor:
     return torch.cat([x.roll(1, dims=1), x, x.roll(-1, dims=1)], dim=-1)
 
 
+# --- linear maps along time, shared by the channels or one a channel (DLinear, PatchTST) ---
+
+
+class ChannelLinear(nn.Module):
+    """(B, I, C) -> (B, O, C): a linear layer along the middle axis.
+
+    weight (maps, O, I) and bias (maps, O) start as `nn.Linear`'s.
+
+    Args:
+        maps: 1 (one for all channels) or C (one a channel).
+        inputs: I.
+        outputs: O.
+    """
+
+    def __init__(self, maps: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(maps, outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(maps, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[0] == 1:
+            return F.linear(x.transpose(1, 2), self.weight[0], self.bias[0]).transpose(1, 2)
+        return torch.einsum("bic,coi->boc", x, self.weight) + self.bias.T
+
+
 # --- normalisation of a window by its own statistics ---
 
 
@@ -227,8 +253,13 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(attention.dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, L, D), (B, M, D) -> (B, L, D)."""
+    def forward(self, x: Tensor, context: Tensor, *, drop: int = 0) -> Tensor:
+        """(B, L, D), (B, M, D) -> (B, L - drop, D), without the first `drop` tokens, which nobody reads further on."""
         x = self.norm1(x + self.dropout(self.attention(x)))
+        if self.cross_attention.info.name != "softmax":  # then a query's result may depend on the other queries
+            return self._rest(x, context)[:, drop:]
+        return self._rest(x[:, drop:], context)
+
+    def _rest(self, x: Tensor, context: Tensor) -> Tensor:
         x = self.norm2(x + self.dropout(self.cross_attention(x, context=context)))
         return self.norm3(x + self.feed_forward(x))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,10 +27,12 @@ class Transformer(ForecastModel):
             and the cross-attention where it has a cross pattern (softmax otherwise).
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention.
+        ValueError: a mixer that cannot compute noncausal self-attention; no encoder or no decoder layer.
     """
 
     config: TransformerConfig
+    own_mixer: ClassVar[str] = "softmax"
+    embedding_bias: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -41,41 +43,45 @@ class Transformer(ForecastModel):
         mixer_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(config, shape)
-        c, name, options = config, mixer or "softmax", dict(mixer_args or {})
-        steps = shape.label_len + shape.pred_len
-        layer = {"dropout": c.dropout, "activation": c.activation}
+        if config.e_layers < 1 or config.d_layers < 1:
+            raise ValueError(f"e_layers and d_layers must be at least 1, got {config.e_layers} and {config.d_layers}")
+        c, name, options = config, mixer or self.own_mixer, dict(mixer_args or {})
         self.encoder_embedding = self._embedding(shape.seq_len)
-        self.encoder = nn.ModuleList(
-            EncoderLayer(self_mixer(name, c.d_model, c.n_heads, dropout=c.dropout, options=options), c.d_ff, **layer)
-            for _ in range(c.e_layers)
-        )
+        self.encoder = nn.ModuleList(self._encoder_layer(name, options) for _ in range(c.e_layers))
         self.encoder_norm = nn.LayerNorm(c.d_model)
-        self.decoder_embedding = self._embedding(steps)
+        self.decoder_embedding = self._embedding(shape.label_len + shape.pred_len)
         self.decoder = nn.ModuleList(self._decoder_layer(name, options) for _ in range(c.d_layers))
         self.decoder_norm = nn.LayerNorm(c.d_model)
         self.projection = nn.Linear(c.d_model, shape.channels)
 
     def _embedding(self, steps: int) -> DataEmbedding:
         c, s = self.config, self.shape
-        return DataEmbedding(s.channels, s.marks, c.d_model, dropout=c.dropout, positions=steps)
+        return DataEmbedding(
+            s.channels, s.marks, c.d_model, dropout=c.dropout, positions=steps, bias=self.embedding_bias
+        )
+
+    def _encoder_layer(self, mixer: str, options: Mapping[str, Any]) -> EncoderLayer:
+        c = self.config
+        attention = self_mixer(mixer, c.d_model, c.n_heads, dropout=c.dropout, options=options)
+        return EncoderLayer(attention, c.d_ff, dropout=c.dropout, activation=c.activation)
 
     def _decoder_layer(self, mixer: str, options: Mapping[str, Any]) -> DecoderLayer:
         c = self.config
-        return DecoderLayer(
-            self_mixer(mixer, c.d_model, c.n_heads, causal=True, dropout=c.dropout, options=options),
-            cross_mixer(mixer, c.d_model, c.n_heads, dropout=c.dropout, options=options),
-            c.d_ff,
-            dropout=c.dropout,
-            activation=c.activation,
-        )
+        attention = self_mixer(mixer, c.d_model, c.n_heads, causal=True, dropout=c.dropout, options=options)
+        cross = cross_mixer(mixer, c.d_model, c.n_heads, dropout=c.dropout, options=options)
+        return DecoderLayer(attention, cross, c.d_ff, dropout=c.dropout, activation=c.activation)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) embedded look-back -> what the decoder reads, (B, M, D)."""
+        for layer in self.encoder:
+            tokens = layer(tokens)
+        return self.encoder_norm(tokens)
 
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         self.check_inputs(x, x_mark, y_mark)
-        context = self.encoder_embedding(x, x_mark)
-        for layer in self.encoder:
-            context = layer(context)
-        context = self.encoder_norm(context)
+        context = self.encode(self.encoder_embedding(x, x_mark))
         tokens = self.decoder_embedding(self.decoder_values(x), y_mark)
-        for layer in self.decoder:
+        for layer in self.decoder[:-1]:
             tokens = layer(tokens, context)
-        return self.projection(self.decoder_norm(tokens[:, self.shape.label_len :]))
+        tokens = self.decoder[-1](tokens, context, drop=self.shape.label_len)
+        return self.projection(self.decoder_norm(tokens))
