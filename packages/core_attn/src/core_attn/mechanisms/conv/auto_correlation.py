@@ -36,18 +36,27 @@ class AutoCorrelation(MultiHeadMixer):
     Args:
         dim, heads, causal, bias: see `MultiHeadMixer`.
         factor: c of k = floor(c ln L) delays; the paper uses 1 to 3.
+        backend: see `core_attn.ops.auto_correlation`.
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 8, causal: bool = False, bias: bool = True, factor: float = 1.0
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        causal: bool = False,
+        bias: bool = True,
+        factor: float = 1.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__(dim, heads=heads, causal=causal, bias=bias)
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
         self.factor = factor
+        self.backend = backend
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None, aux: Any) -> Tensor:
-        return ops.auto_correlation(q, k, v, factor=self.factor, batch_delays=self.training)
+        return ops.auto_correlation(q, k, v, factor=self.factor, batch_delays=self.training, backend=self.backend)
 
     def attention_map(self, q: Tensor, k: Tensor, *, key_padding_mask: Tensor | None, aux: Any) -> Tensor:
         return auto_correlation_map(q, k, factor=self.factor, batch_delays=self.training)

@@ -27,7 +27,7 @@ _FFT_ELEMENTS = 1 << 19
 
 def auto_correlation_fft(q: Tensor, k: Tensor, v: Tensor, *, factor: float = 1.0, batch_delays: bool = False) -> Tensor:
     """As `core_attn.ops.auto_correlation`."""
-    batch, heads, length, _ = q.shape
+    heads, length = q.shape[1:3]
     dtype = v.dtype
     k, v = fit_length(k, length), fit_length(v, length)
     q, k, v = (_channels_last(x) for x in (q, k, v))

@@ -31,7 +31,7 @@ def mean_correlation(q: Tensor, k: Tensor) -> Tensor:
 
 
 def choose_delays(correlation: Tensor, *, factor: float, batch_delays: bool) -> Tensor:
-    """The delays of the k largest correlations, (B, k); with `batch_delays` those of the batch mean, for all samples."""
+    """Delays of the k largest correlations, (B, k); with `batch_delays` of the batch mean's, for all samples."""
     batch, length = correlation.shape
     k = number_of_delays(length, factor)
     if not batch_delays:
