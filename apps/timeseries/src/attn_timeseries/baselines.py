@@ -1,0 +1,124 @@
+"""Forecasts that stand beside every model: repeat the last value, repeat the season, and the best linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from attn_timeseries.data.windows import Windows
+
+Forecast = Callable[[Tensor], Tensor]
+_PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_WORK = 3e10  # multiplications spent on the normal equations: a second or two
+_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A forecast without training by gradient: `(B, L, C) -> (B, H, C)`, and how it was made."""
+
+    name: str
+    note: str
+    forecast: Forecast
+
+
+def repeat_last(x: Tensor, pred_len: int) -> Tensor:
+    """(B, L, C) -> (B, H, C): y_h = x_L."""
+    return x[:, -1:].expand(-1, pred_len, -1)
+
+
+def repeat_season(x: Tensor, pred_len: int, season: int) -> Tensor:
+    """(B, L, C) -> (B, H, C): y_h = x_{L - m + (h mod m)}; the last value where the look-back is shorter than m."""
+    length = x.shape[1]
+    if season > length:
+        season = 1
+    return x[:, length - season + torch.arange(pred_len, device=x.device) % season]
+
+
+def batches(windows: Windows, size: int = _BATCH) -> Iterator[dict[str, Tensor]]:
+    """All windows in order."""
+    for first in range(0, len(windows), size):
+        yield windows.__getitems__(range(first, min(first + size, len(windows))))
+
+
+def fit_linear(train: Windows, val: Windows | None) -> tuple[Tensor, Tensor, float]:
+    """The linear map from look-back to horizon that DLinear trains towards, solved at once.
+
+    DLinear's trend is a linear function of the look-back, so its two maps together are one affine map shared by all
+    channels ("Are Transformers Effective for Time Series Forecasting?", Section 4). Its squared error on the training
+    windows has a closed minimum; a ridge penalty, chosen on the validation windows, takes the place of early stopping.
+    No random number is drawn.
+
+    Returns:
+        weight (L, H) and bias (H,) float64, and the penalty as a share of the mean squared input.
+    """
+    length, horizon = train.seq_len, train.pred_len
+    channels = train.values.shape[1]
+    stride = max(1, round(len(train) * channels * (length + 1) * (length + 1 + horizon) / _WORK))
+    gram = torch.zeros(length + 1, length + 1, dtype=torch.float64)
+    cross = torch.zeros(length + 1, horizon, dtype=torch.float64)
+    for first in range(0, len(train), _BATCH * stride):
+        chosen = range(first, min(first + _BATCH * stride, len(train)), stride)
+        inputs, targets = _pairs(train.__getitems__(chosen), horizon)
+        gram += inputs.T @ inputs
+        cross += inputs.T @ targets
+    unit = gram.diagonal()[:-1].mean()
+    checks = [_pairs(batch, horizon) for batch in batches(val)] if val is not None else []
+    best: tuple[float, Tensor, float] | None = None
+    for penalty in _PENALTIES:
+        ridge = torch.full((length + 1,), float(penalty * unit), dtype=torch.float64)
+        ridge[-1] = 1e-9 * float(unit)  # the bias is free
+        solution = torch.linalg.solve(gram + ridge.diag(), cross)
+        error = sum(float((x @ solution - y).square().sum()) for x, y in checks)
+        if best is None or error < best[0]:
+            best = (error, solution, penalty)
+        if not checks and penalty >= 1e-3:
+            best = (error, solution, penalty)
+            break
+    assert best is not None
+    return best[1][:-1], best[1][-1], best[2]
+
+
+def _pairs(batch: dict[str, Tensor], pred_len: int) -> tuple[Tensor, Tensor]:
+    """(B·C, L + 1) look-backs with a one at the end, (B·C, H) targets; float64."""
+    inputs = batch["x"].to(torch.float64).transpose(1, 2).flatten(0, 1)
+    targets = batch["y"][:, -pred_len:].to(torch.float64).transpose(1, 2).flatten(0, 1)
+    return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1), targets
+
+
+_FITTED: WeakKeyDictionary[Windows, list[Baseline]] = WeakKeyDictionary()
+
+
+def baselines(train: Windows | None, val: Windows | None, season: int, pred_len: int) -> list[Baseline]:
+    """Repeat-last, seasonal naive where there is a season, and the fitted linear map; fitted once a training set."""
+    if train is not None and train in _FITTED:
+        return _FITTED[train]
+    rows = [Baseline(name="naive", note="repeats the last value", forecast=lambda x: repeat_last(x, pred_len))]
+    if season > 1:
+        rows.append(
+            Baseline(
+                name="seasonal_naive",
+                note=f"repeats the last {season} steps",
+                forecast=lambda x: repeat_season(x, pred_len, season),
+            )
+        )
+    if train is not None:
+        weight, bias, penalty = fit_linear(train, val)
+
+        def linear(x: Tensor) -> Tensor:
+            map_, shift = weight.to(x), bias.to(x)
+            return (x.transpose(1, 2) @ map_ + shift).transpose(1, 2)
+
+        rows.append(
+            Baseline(
+                name="dlinear (closed form)",
+                note=f"best linear map from {train.seq_len} steps, ridge {penalty:g} chosen on the validation part",
+                forecast=linear,
+            )
+        )
+        _FITTED[train] = rows
+    return rows

@@ -1,0 +1,1 @@
+"""Data of the forecasting application: cards, reading of tables, windows, calendar features."""

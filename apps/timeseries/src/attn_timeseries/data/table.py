@@ -1,0 +1,392 @@
+"""Users' own tables: any CSV or Parquet file with a column of times, checked, sorted and set on a regular grid.
+
+A mistake is refused in one sentence with file and line; whatever else was found stands in the table's notes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from attn_shared.errors import UserError
+from attn_timeseries.data.cards import ForecastDataConfig
+from attn_timeseries.data.csvtext import MISSING, Cells, read_cells
+from attn_timeseries.data.times import TIME_NAMES, check_frequency, infer_frequency, is_clock, on_grid, parse_times
+from core_attn.naming import UnknownNameError, unknown
+
+MAX_COLUMNS = 1000
+ID_NAMES = ("id", "unique_id", "series", "series_id", "item_id", "station", "sensor", "name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One series on its grid: `times` (T,) regular, `values` (T, C) float64, NaN where nothing was observed."""
+
+    name: str
+    times: pd.DatetimeIndex
+    values: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesTable:
+    """A file as series.
+
+    Attributes:
+        source: file name for messages.
+        time_column, id_column: names in the file; no id column where the file holds one series.
+        columns: value columns, the order of `Series.values`.
+        frequency: pandas alias of the step.
+        notes: what was found: gaps, duplicates, order, encoding.
+    """
+
+    source: str
+    time_column: str
+    id_column: str | None
+    columns: list[str]
+    frequency: str
+    series: list[Series]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_table(path: Path, config: ForecastDataConfig) -> SeriesTable:
+    """Read and check a file.
+
+    Raises:
+        UserError: one sentence with file and line.
+    """
+    path = Path(path)
+    named = {name for name in (config.time_column, config.id_column) if name}
+    cells = read_cells(
+        path,
+        delimiter=config.delimiter,
+        # Times that look like numbers (20200131) and names like 007 must stay text.
+        text_columns=named | set(ID_NAMES) | set(TIME_NAMES) | {n.capitalize() for n in TIME_NAMES},
+        only=config.columns,
+        max_columns=MAX_COLUMNS,
+    )
+    notes = list(cells.notes)
+    time_column = _find_time(cells, config)
+    times = _times(cells, time_column, notes)
+    columns, id_column = _roles(cells, times, time_column, config, notes)
+    values = _values(cells, columns)
+    ids = _ids(cells, id_column)
+
+    parts: list[tuple[str, np.ndarray]] = []
+    order = np.argsort(ids.codes, kind="stable") if id_column else np.arange(len(times))
+    bounds = np.cumsum(np.bincount(ids.codes, minlength=len(ids.categories)))[:-1] if id_column else []
+    for name, rows in zip(ids.categories if id_column else [""], np.split(order, bounds)):
+        parts.append((str(name), _sorted_rows(cells, times, values, rows, str(name), notes)))
+
+    frequency = _frequency(cells, times, parts, config, notes)
+    series = [_regular(cells, name, times, values, rows, frequency, columns, config, notes) for name, rows in parts]
+    return SeriesTable(
+        source=cells.source,
+        time_column=time_column,
+        id_column=id_column,
+        columns=columns,
+        frequency=frequency,
+        series=series,
+        notes=_summed(notes),
+    )
+
+
+def check_file(path: str | Path) -> list[str]:
+    """What is wrong or worth knowing about a file, in sentences; empty when it is a clean regular table."""
+    try:
+        return read_table(Path(path), ForecastDataConfig()).notes
+    except UserError as error:
+        return [str(error)]
+
+
+def _lookup(kind: str, name: str, choices: list[str], source: str) -> None:
+    if name not in choices:
+        try:
+            raise unknown(kind, name, choices)
+        except UnknownNameError as error:
+            raise UserError(f"{source}: {error}") from None
+
+
+def _looks_like_number(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) or bool(
+        column.dropna().astype(str).str.strip().str.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").all()
+    )
+
+
+def _find_time(cells: Cells, config: ForecastDataConfig) -> str:
+    frame = cells.frame
+    names = list(frame.columns)
+    if config.time_column is not None:
+        _lookup("time column", config.time_column, names, cells.source)
+        return config.time_column
+    step = max(1, len(frame) // 200)
+    candidates = []
+    for name in names:
+        usual = name.lower() in TIME_NAMES
+        column = frame[name].iloc[::step]
+        if pd.api.types.is_bool_dtype(column) or (_looks_like_number(column) and not usual):
+            continue
+        times, _ = parse_times(column)
+        if column.notna().any() and times.notna().sum() > 0.5 * column.notna().sum():
+            candidates.append(name)
+    usual = [name for name in candidates if name.lower() in TIME_NAMES]
+    if len(candidates) == 1 or len(usual) == 1:
+        return (usual or candidates)[0]
+    if candidates:
+        raise UserError(
+            f"{cells.source}: several columns hold times ({', '.join(map(repr, candidates))}); "
+            f"choose with --data_args.time_column"
+        )
+    shown = ", ".join(repr(n) for n in names[:12]) + (", …" if len(names) > 12 else "")
+    for name in names:
+        if name.lower() in TIME_NAMES and frame[name].notna().any():
+            row = int(frame[name].notna().to_numpy().argmax())
+            raise UserError(
+                f"{cells.where(row)}: {str(frame[name].iloc[row])!r} in column {name!r} is not a time; "
+                "write times like 2024-01-31 or 2024-01-31 13:00"
+            )
+    raise UserError(
+        f"{cells.source}: no column holds times; the columns are {shown}; write times like 2024-01-31 13:00, or name "
+        "the column with --data_args.time_column"
+    )
+
+
+def _times(cells: Cells, name: str, notes: list[str]) -> pd.DatetimeIndex:
+    raw = cells.frame[name]
+    times, found = parse_times(raw)
+    notes += found
+    bad = times.isna().to_numpy()
+    if bad.any():
+        row = int(bad.argmax())
+        if pd.isna(raw.iloc[row]):
+            raise UserError(f"{cells.where(row)}: the time is missing (column {name!r})")
+        why = f" ({found[0]})" if found and "offset" in found[0] else ""
+        raise UserError(f"{cells.where(row)}: {str(raw.iloc[row])!r} in column {name!r} is not a time{why}")
+    return pd.DatetimeIndex(times)
+
+
+def _roles(
+    cells: Cells, times: pd.DatetimeIndex, time_column: str, config: ForecastDataConfig, notes: list[str]
+) -> tuple[list[str], str | None]:
+    """Value columns and id column."""
+    frame = cells.frame
+    others = [name for name in frame.columns if name != time_column]
+    id_column = config.id_column
+    if id_column is not None:
+        _lookup("id column", id_column, others, cells.source)
+        others.remove(id_column)
+    if config.columns is not None:
+        for name in config.columns:
+            _lookup("column", name, others, cells.source)
+        if id_column is None:
+            id_column = _guess_id(cells, times, [n for n in others if n not in config.columns], notes)
+        return list(config.columns), id_column
+    if id_column is None:
+        id_column = _guess_id(cells, times, others, notes)
+        if id_column is not None:
+            others.remove(id_column)
+    for name in others:
+        text = _text_share(frame[name])
+        if text > 0.5:
+            if is_clock(frame[name]):
+                raise UserError(
+                    f"{cells.source}: date and time stand in two columns ({time_column!r}, {name!r}); join them in one"
+                )
+            raise UserError(
+                f"{cells.source}: column {name!r} holds text; leave it out with --data_args.columns, or name it "
+                f"with --data_args.id_column if it names the series"
+            )
+    if not others:
+        raise UserError(f"{cells.source}: no column of numbers beside the times ({time_column!r})")
+    return others, id_column
+
+
+def _text_share(column: pd.Series) -> float:
+    """Share of the known cells that are no number."""
+    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return 0.0
+    known = column.dropna()
+    return float(pd.to_numeric(known, errors="coerce").isna().mean()) if len(known) else 0.0
+
+
+def _guess_id(cells: Cells, times: pd.DatetimeIndex, others: list[str], notes: list[str]) -> str | None:
+    """The one column that tells rows of equal time apart: text, or numbers under a usual name."""
+    found = []
+    for name in others:
+        column = cells.frame[name]
+        text = _text_share(column) > 0.5 and not is_clock(column)
+        usual = name.lower() in ID_NAMES and times.has_duplicates
+        if (text or usual) and column.notna().all() and column.nunique() <= max(1, len(column) // 2):
+            pairs = pd.DataFrame({"t": times.asi8, "i": column.astype(str).to_numpy()})
+            if not pairs.duplicated().any():
+                found.append(name)
+    if len(found) == 1:
+        notes.append(f"series named by column {found[0]!r}")
+        return found[0]
+    return None
+
+
+def _values(cells: Cells, columns: list[str]) -> np.ndarray:
+    """(rows, C) float64; text, infinite and over-large numbers are refused with their line."""
+    values = np.empty((len(cells.frame), len(columns)))
+    for c, name in enumerate(columns):
+        column = cells.frame[name]
+        if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+            stripped = column.astype("str").str.strip().where(column.notna().to_numpy(), None)
+            stripped = stripped.mask(stripped.isin(MISSING), None)
+            numbers = pd.to_numeric(stripped, errors="coerce")
+            bad = (numbers.isna() & stripped.notna()).to_numpy()
+            if bad.any():
+                row = int(bad.argmax())
+                raise UserError(
+                    f"{cells.where(row)}: {str(column.iloc[row])!r} in column {name!r} is not a number"
+                    + (f" ({bad.sum()} such cells)" if bad.sum() > 1 else "")
+                )
+            column = numbers
+        values[:, c] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        if np.isnan(values[:, c]).all():
+            raise UserError(
+                f"{cells.source}: column {name!r} holds no number at all; leave it out with --data_args.columns"
+            )
+    large = np.isinf(values) | (np.abs(values) > 1e30)
+    if large.any():
+        row, c = (int(i) for i in np.argwhere(large)[0])
+        kind = "infinite" if np.isinf(values[row, c]) else "too large (over 1e30)"
+        raise UserError(f"{cells.where(row)}: the value in column {columns[c]!r} is {kind}")
+    return values
+
+
+def _ids(cells: Cells, id_column: str | None) -> pd.Categorical:
+    if id_column is None:
+        return pd.Categorical([])
+    column = cells.frame[id_column]
+    missing = column.isna().to_numpy()
+    if missing.any():
+        raise UserError(f"{cells.where(int(missing.argmax()))}: the name of the series is missing ({id_column!r})")
+    text = column.astype(str).str.strip()
+    return pd.Categorical(text, categories=list(dict.fromkeys(text)))
+
+
+def _sorted_rows(
+    cells: Cells, times: pd.DatetimeIndex, values: np.ndarray, rows: np.ndarray, name: str, notes: list[str]
+) -> np.ndarray:
+    """Rows of one series in order of time, exact repetitions dropped, contradictions refused."""
+    stamps = times.asi8[rows]
+    if (np.diff(stamps) < 0).any():
+        notes.append("rows out of order of time; sorted")
+        rows = rows[np.argsort(stamps, kind="stable")]
+        stamps = times.asi8[rows]
+    same = np.flatnonzero(np.diff(stamps) == 0)
+    if not len(same):
+        return rows
+    a, b = values[rows[same]], values[rows[same + 1]]
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b))).all(axis=1)
+    if differ.any():
+        first = int(same[differ.argmax()])
+        of = f" of series {name!r}" if name else "; if the file holds several series, name --data_args.id_column"
+        raise UserError(
+            f"{cells.where(int(rows[first + 1]))}: the time {times[rows[first]]} stands there again with other values "
+            f"(first at {cells.where(int(rows[first]))}){of}"
+        )
+    notes.append(f"{len(same)} rows repeated exactly; kept once")
+    return np.delete(rows, same + 1)
+
+
+def _frequency(
+    cells: Cells,
+    times: pd.DatetimeIndex,
+    parts: list[tuple[str, np.ndarray]],
+    config: ForecastDataConfig,
+    notes: list[str],
+) -> str:
+    if config.frequency is not None:
+        return check_frequency(config.frequency)
+    name, rows = max(parts, key=lambda part: len(part[1]))
+    if len(rows) < 3:
+        of = f" in its longest series {name!r}" if name else ""
+        count = "one row" if len(rows) == 1 else f"{len(rows)} rows"
+        raise UserError(f"{cells.source} has only {count}{of}; at least three are needed to tell the step")
+    return infer_frequency(times[rows], lambda i: cells.where(int(rows[i])))
+
+
+def _regular(
+    cells: Cells,
+    name: str,
+    times: pd.DatetimeIndex,
+    values: np.ndarray,
+    rows: np.ndarray,
+    frequency: str,
+    columns: list[str],
+    config: ForecastDataConfig,
+    notes: list[str],
+) -> Series:
+    """One series on its grid, with gaps counted, bounded and left as NaN."""
+    index = times[rows]
+    grid = on_grid(index, frequency, lambda i: cells.where(int(rows[i])))
+    place = grid.get_indexer(index)
+    full = np.full((len(grid), len(columns)), np.nan)
+    full[place] = values[rows]
+    row_of = np.full(len(grid), -1)
+    row_of[place] = rows
+
+    absent = len(grid) - len(rows)
+    started = ~np.isnan(full)
+    first = int(started.argmax(axis=0).max()) if started.any(axis=0).all() else len(grid)
+    if first == len(grid):
+        empty = columns[int((~started.any(axis=0)).argmax())]
+        raise UserError(f"{cells.source}: column {empty!r} holds no number in series {name!r}")
+    if first:
+        notes.append(f"first {first} steps left out: not every column has begun")
+        full, grid, row_of = full[first:], grid[first:], row_of[first:]
+    holes = np.isnan(full)
+    if holes.any():
+        if config.missing == "error":
+            row, c = (int(i) for i in np.argwhere(holes)[0])
+            raise UserError(
+                f"{_beside(cells, row_of, row)}: column {columns[c]!r} has no value at {grid[row]} "
+                "(missing is 'error'; 'interpolate' fills gaps)"
+            )
+        length, row, c = _longest(holes)
+        if length > config.max_gap:
+            raise UserError(
+                f"{_beside(cells, row_of, row)}: column {columns[c]!r} has no value for {length} steps from "
+                f"{grid[row]} (max_gap is {config.max_gap}); fill them, cut the file, or raise --data_args.max_gap"
+            )
+        if absent:
+            notes.append(f"{absent} steps have no row")
+        notes.append(f"{int(holes.sum())} values missing, longest run {length} steps; filled over time, never scored")
+    for c in range(full.shape[1]):
+        known = full[:, c][~holes[:, c]]
+        if len(known) > 1 and (known == known[0]).all():
+            notes.append(f"column {columns[c]!r} is constant" + (f" in series {name!r}" if name else ""))
+    return Series(name=name, times=grid, values=full)
+
+
+def _longest(holes: np.ndarray) -> tuple[int, int, int]:
+    """Length, first row and column of the longest run of True down a column."""
+    length = np.zeros(holes.shape[1], dtype=np.int64)
+    best = (0, 0, 0)
+    for row in range(len(holes)):
+        length = (length + 1) * holes[row]
+        c = int(length.argmax())
+        if length[c] > best[0]:
+            best = (int(length[c]), row - int(length[c]) + 1, c)
+    return best
+
+
+def _beside(cells: Cells, row_of: np.ndarray, row: int) -> str:
+    """File and line of a step; of the last row before it where it has none of its own."""
+    while row > 0 and row_of[row] < 0:
+        row -= 1
+    return cells.where(int(row_of[row])) if row_of[row] >= 0 else cells.source
+
+
+def _summed(notes: list[str]) -> list[str]:
+    """Each note once, with how often it came up: a file of a thousand series is told in a few lines."""
+    counts: dict[str, int] = {}
+    for note in notes:
+        counts[note] = counts.get(note, 0) + 1
+    told = [note if n == 1 else f"{note} ({n} times)" for note, n in counts.items()]
+    return told if len(told) <= 20 else [*told[:20], f"… and {len(told) - 20} further notes"]
