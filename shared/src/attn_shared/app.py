@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core_attn.naming import UnknownNameError, unknown
-
 from attn_shared.config import OptimConfig, TrainerConfig
 from attn_shared.errors import UserError
+from core_attn.naming import UnknownNameError, unknown
 
 
 def load(target: str) -> Any:
@@ -106,6 +105,7 @@ class App:
         file_formats: one paragraph on the user's own files, shown by `data check --help` and `data list`.
         file_suffixes: suffixes that make `--data PATH` a file of the user's own rather than a data set's name.
         check_file: "module:function" (path) -> list of problem sentences, for `data check PATH`.
+        predict_options: dataclass of the app's own options of `predict`; its fields reach `Task.predict_files`.
         commands: further subcommands: name -> "module:function" taking (argv: list[str]) -> int, with a help line.
     """
 
@@ -121,6 +121,7 @@ class App:
     file_formats: str = ""
     file_suffixes: tuple[str, ...] = ()
     check_file: str = ""
+    predict_options: type | None = None
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     trainer_defaults: Callable[[], TrainerConfig] = TrainerConfig
     optim_defaults: Callable[[], OptimConfig] = OptimConfig

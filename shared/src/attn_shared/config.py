@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class TrainerConfig:
         devices: processes (cpu) or cards (gpu).
         threads: CPU threads a process; None = leave PyTorch's choice.
         num_workers: loader processes.
-        checkpoint_every: also save each this many steps (a checkpoint is always saved at the end of an epoch); None = never.
+        checkpoint_every: also save each this many steps, besides the end of each epoch; None = never.
         log_every: a row of metrics.csv each this many steps.
         deterministic: refuse operations without a deterministic form.
         progress: one line of progress on stderr.
@@ -58,10 +59,11 @@ class OptimConfig:
         name: "adam", "adamw" or "sgd".
         lr: learning rate at the start.
         weight_decay: decoupled for adamw.
-        betas: Adam's two decay rates.
-        schedule: "constant"; "halve" (times 1/2 after each epoch, as Informer and Autoformer train);
-            "cosine" (to zero over the run); "decay" (constant for `warmup` epochs, then times `gamma` an epoch).
-        warmup: steps of linear warm-up for "cosine", epochs before the decay for "decay".
+        betas: Adam's two decay rates; the first is SGD's momentum.
+        schedule: "constant"; "halve" (two epochs at `lr`, then half of it after each, as the official code of Informer
+            and Autoformer trains); "cosine" (to zero over the run); "decay" (constant for `warmup` epochs, then times
+            `gamma` an epoch; warmup=4, gamma=0.9 is PatchTST's "type3").
+        warmup: steps of linear warm-up for "cosine", epochs at full rate for "decay".
         gamma: factor an epoch of "decay".
     """
 
@@ -72,6 +74,19 @@ class OptimConfig:
     schedule: Literal["constant", "halve", "cosine", "decay"] = "halve"
     warmup: int = 0
     gamma: float = 0.9
+
+    def rate(self, step: int, epoch: int, total_steps: int) -> float:
+        """Learning rate of optimiser step `step` (from 0) in `epoch` (from 0) of a run of `total_steps`."""
+        if self.schedule == "halve":
+            return self.lr * 0.5 ** max(0, epoch - 1)
+        if self.schedule == "decay":
+            return self.lr * self.gamma ** max(0, epoch + 1 - max(1, self.warmup))
+        if self.schedule == "cosine":
+            if step < self.warmup:
+                return self.lr * (step + 1) / (self.warmup + 1)
+            done = (step - self.warmup) / max(1, total_steps - self.warmup)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.lr
 
 
 @dataclass(kw_only=True)

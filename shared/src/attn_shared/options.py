@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import re
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from core_attn.naming import nearest
 
 from attn_shared.app import App
 from attn_shared.config import OptimConfig, RunConfig, TrainerConfig
 from attn_shared.errors import UserError
+from core_attn.naming import nearest
 
 if TYPE_CHECKING:
     import jsonargparse
+
+MISSING = "\0missing"  # stands where an option's value should be
 
 _HELP = {
     "model": "which model to train; `models` lists them",
@@ -88,14 +91,10 @@ def split(argv: Sequence[str], *, flags: Iterable[str] = ()) -> Parsed:
         elif token[2:] in flags:
             parsed.options.append((token[2:], "true"))
         elif not rest or _is_option(rest[0]):
-            parsed.options.append((token[2:], ""))
-            parsed.options[-1] = (token[2:], _MISSING)
+            parsed.options.append((token[2:], MISSING))
         else:
             parsed.options.append((token[2:], rest.pop(0)))
     return parsed
-
-
-_MISSING = "\0missing"
 
 
 def _is_option(token: str) -> bool:
@@ -112,7 +111,7 @@ def check_options(parsed: Parsed, known: Iterable[str], *, free: Iterable[str] =
     for name, value in parsed.options:
         if name not in known and not name.startswith(free or ("\0",)):
             raise UserError(_unknown_option(name, known))
-        if value == _MISSING:
+        if value == MISSING:
             raise UserError(f"--{name} needs a value")
 
 
@@ -126,7 +125,7 @@ def _unknown_option(name: str, known: Sequence[str], *, dashes: str = "--", kind
     return f"unknown {kind} {dashes}{name}; `--help` lists the options"
 
 
-# -- the options of a model and data set --------------------------------------------------------------------------------
+# -- the options of a model and data set ------------------------------------------------------------------------------
 
 
 def describe_fields(cls: type) -> dict[str, str]:
@@ -289,7 +288,7 @@ def resolve(
         UserError: an unknown name, option or key, or a value of the wrong type.
     """
     where = parsed.last("config")
-    from_file = load_yaml(Path(where)) if where and where != _MISSING else {}
+    from_file = load_yaml(Path(where)) if where and where != MISSING else {}
     named = {**(base or {}), **from_file, **{k: v for k, v in parsed.options if k in ("model", "data")}}
     model = model or str(named.get("model", app.default_model))
     data = str(named.get("data", app.default_data))
@@ -344,7 +343,7 @@ def resolve(
         elif name in known and name not in ("model", "data", "mixer"):
             lines.append(f"--{name}={text}")
 
-    flat = _typed(options, values, lines)
+    flat = typed(options, values, lines)
     return RunConfig(
         app=app.name,
         model=model,
@@ -380,7 +379,7 @@ def config_from_dict(app: App, values: Mapping[str, Any]) -> RunConfig:
     """
     model = str(values.get("model"))
     options = run_options(app, model, str(values.get("data")))
-    flat = _typed(options, _layer(app, values, "the saved configuration", options), [])
+    flat = typed(options, _layer(app, values, "the saved configuration", options), [])
     mixer_args = values.get("mixer_args") or {}
     if not isinstance(mixer_args, Mapping):
         raise UserError("the saved configuration: mixer_args must be a mapping of options")
@@ -405,7 +404,9 @@ def override(app: App, config: RunConfig, changes: Mapping[str, Any]) -> RunConf
     Raises:
         UserError: an unknown option or a wrong value.
     """
-    parsed = Parsed(options=[(name, value if isinstance(value, str) else _dump(value)) for name, value in changes.items()])
+    parsed = Parsed(
+        options=[(name, value if isinstance(value, str) else _dump(value)) for name, value in changes.items()]
+    )
     from attn_shared.config import config_to_dict
 
     return resolve(app, parsed, base=config_to_dict(config))
@@ -415,7 +416,7 @@ def _dump(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
-def _typed(options: Sequence[Option], values: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
+def typed(options: Sequence[Option], values: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
     """Defaults, then `values`, then command-line `lines`, each checked against the option's type."""
     parser = make_parser("", options)
     try:
@@ -454,6 +455,20 @@ def _scalar(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def type_name(kind: Any) -> str:
+    """A type as help texts and errors show it."""
+    if kind is type(None):
+        return "null"
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return "|".join(type_name(part) for part in typing.get_args(kind))
+    if typing.get_args(kind):
+        return f"[{','.join('…' if part is Ellipsis else type_name(part) for part in typing.get_args(kind))}]"
+    names = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false", Path: "PATH"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _one_sentence(message: str) -> str:

@@ -209,7 +209,11 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 and not math.copysign(1, value) < 0 else repr(value)
+        return (
+            str(int(value))
+            if value.is_integer() and abs(value) < 2**53 and not math.copysign(1, value) < 0
+            else repr(value)
+        )
     return str(value)
 
 

@@ -55,6 +55,21 @@ class Picture:
     figure: Figure
 
 
+def make_optimizer(parameters: Any, config: RunConfig) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD over parameters or parameter groups, as `config.optim` says."""
+    optim = config.optim
+    # One kernel for all parameters; PyTorch's loss scaling for float16 does not go with it.
+    common: dict[str, Any] = {
+        "lr": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "fused": config.trainer.precision != "16-mixed",
+    }
+    if optim.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=optim.betas[0], **common)
+    kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+    return kind(parameters, betas=optim.betas, **common)
+
+
 class Task(lightning.LightningModule):
     """An app's task: builds the model, gives the loss, accumulates metrics, draws pictures, predicts files.
 
@@ -74,6 +89,25 @@ class Task(lightning.LightningModule):
         super().__init__()
         self.config = config
         self.data_state = dict(data_state)
+        # Where training stands; the engine keeps it, also over a resume. Read it as current_epoch and global_step.
+        self._epoch, self._step = 0, 0
+
+    @property
+    def current_epoch(self) -> int:
+        """Whole epochs done, resumed ones included."""
+        return self._epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimiser steps done, resumed ones included."""
+        return self._step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.training_loss(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser of `config.optim` over all trainable parameters. An app may group them differently."""
+        return make_optimizer([p for p in self.parameters() if p.requires_grad], self.config)
 
     @classmethod
     @abstractmethod
@@ -115,7 +149,7 @@ class Task(lightning.LightningModule):
 
     @classmethod
     def baselines(cls, config: RunConfig, bundle: DataBundle) -> list[dict[str, Any]]:
-        """Rows for the table beside the model: {"model": name, **metrics}: a random or trivial and a strong simple one."""
+        """Rows beside the model in its table, {"model": name, **metrics}: a trivial and a strong simple one."""
         return []
 
     def published(self) -> list[dict[str, Any]]:

@@ -1,0 +1,438 @@
+"""The command line of every app: `run(app, argv)`. Torch is imported only when work starts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attn_shared import options
+from attn_shared.app import App, ModelCard, load
+from attn_shared.config import RunConfig, config_to_dict
+from attn_shared.errors import UserError
+from attn_shared.options import Option, Parsed
+from core_attn.naming import UnknownNameError, unknown
+
+COMMANDS = {
+    "train": "train a model, evaluate the best epoch, write a report",
+    "eval": "figures of a trained model on a split",
+    "predict": "read files, write predictions",
+    "compare": "train models or attention mechanisms on equal terms, one table",
+    "data": "list data sets, fetch one, check one or a file of your own",
+    "models": "list models, or describe one",
+}
+
+
+def run(app: App, argv: Sequence[str] | None = None) -> int:
+    """An app's whole `main`: 0 when all went well, 2 when the user can put something right, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    handlers: dict[str, Callable[[App, list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "predict": _predict,
+        "compare": _compare,
+        "data": _data,
+        "models": _models,
+    }
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_overview(app))
+            return 0 if words else 2
+        name, rest = words[0], words[1:]
+        if name in handlers:
+            return handlers[name](app, rest)
+        if name in app.commands:
+            return int(load(app.commands[name][0])(rest) or 0)
+        raise unknown("command", name, [*handlers, *app.commands])
+    except (UserError, UnknownNameError) as error:
+        print(f"{app.name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"{app.name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _overview(app: App) -> str:
+    commands = {**COMMANDS, **{name: text for name, (_, text) in app.commands.items()}}
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {text}" for name, text in commands.items()]
+    examples = [
+        "train",
+        f"train --model {app.default_model} --data {app.default_data} --trainer.max_epochs 5",
+        f"eval runs/{app.name}/…/<time>",
+    ]
+    return "\n".join(
+        [
+            f"{app.name}: {app.title}",
+            "",
+            f"usage: {app.name} COMMAND …",
+            "",
+            *lines,
+            "",
+            f"`{app.name} COMMAND --help` says more. Examples:",
+            *(f"  {app.name} {example}" for example in examples),
+        ]
+    )
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(token in ("-h", "--help") for token in argv)
+
+
+# -- train and compare ------------------------------------------------------------------------------------------------
+
+_RUN_EXTRA = (
+    ("config FILE.yaml", "read options from a file; the command line wins over it"),
+    ("print_config", "print the configuration that the other arguments make, as YAML, and stop"),
+    ("preset auto|none", "the app's own settings for this model and data set (default: auto)"),
+    ("mixer_args.X VALUE", "option X of the attention mechanism"),
+)
+
+
+def _train(app: App, argv: list[str]) -> int:
+    if _wants_help(argv):
+        extra = (*_RUN_EXTRA, ("resume RUN", "go on with an interrupted run; only --trainer options can change"))
+        return _run_help(app, argv, "train", "Train a model, evaluate the best epoch, write a report.", extra)
+    parsed = options.split(argv, flags=["print_config"])
+    _no_words(parsed, "train")
+    source = parsed.last("resume")
+    if source is not None:
+        return _resume(app, parsed)
+    config = options.resolve(app, parsed, extra=["print_config", "resume"])
+    if parsed.last("print_config"):
+        return _print_config(config)
+    return _work(app, config, None)
+
+
+def _resume(app: App, parsed: Parsed) -> int:
+    known = [option.name for option in options.run_options(app, app.default_model, app.default_data)]
+    source = parsed.take("resume")
+    options.check_options(Parsed(options=[("resume", source or "")]), ["resume"])
+    if source == options.MISSING:
+        raise UserError("--resume needs a run folder")
+    names = [name for name in known if name.startswith("trainer.")]
+    for name, _ in parsed.options:
+        if name not in names and (name in known or name.startswith(("model_args.", "data_args.", "mixer_args"))):
+            raise UserError(f"--{name} cannot change when a run is resumed; only --trainer options can")
+    show = parsed.take("print_config")
+    options.check_options(parsed, names)
+    assert source is not None
+    _must_exist(source)
+    from attn_shared import trainer
+
+    config = trainer.resume_config(app, Path(source), dict(parsed.options))
+    return _print_config(config) if show else _work(app, config, Path(source))
+
+
+def _work(app: App, config: RunConfig, resume: Path | None) -> int:
+    from attn_shared import trainer
+
+    try:
+        print(trainer.train(app, config, resume=resume))
+        return 0
+    except trainer.Interrupted as stop:
+        if stop.run is not None:
+            command = shlex.join([app.name, "train", "--resume", str(stop.run)])
+            print(f"stopped at step {stop.step}; go on with: {command}", file=sys.stderr)
+        return 130
+
+
+def _compare(app: App, argv: list[str]) -> int:
+    if _wants_help(argv):
+        extra = (
+            ("mixer A,B,…", "attention mechanisms to compare; `own` is the paper's"),
+            ("model A,B,…", "models to compare"),
+            ("seeds N", "train each with N seeds, from --seed on (default: 1)"),
+            ("output DIR", "where the table goes (default: beside the runs)"),
+            *_RUN_EXTRA,
+        )
+        return _run_help(app, argv, "compare", "Train on equal terms, evaluate on the same split, one table.", extra)
+    parsed = options.split(argv, flags=["print_config"])
+    _no_words(parsed, "compare")
+    models = _names(parsed.take("model")) or None
+    mixers = _names(parsed.take("mixer"))
+    seeds, output = parsed.take("seeds") or "1", parsed.take("output")
+    if not seeds.isdecimal() or int(seeds) < 1:
+        raise UserError(f"--seeds takes a whole number from 1 on, got {seeds}")
+    if options.MISSING in (output, *mixers, *(models or ())):
+        raise UserError("--model, --mixer and --output need a value")
+    for model in models or ():
+        app.model(model)
+    config = options.resolve(app, parsed, model=models[0] if models else None, extra=["print_config"])
+    # Each model with its own preset; options of the command line go to those that have them.
+    if parsed.last("print_config"):
+        return _print_config(config)
+    from attn_shared.compare import compare
+
+    print(
+        compare(
+            app,
+            config,
+            mixers=[None if name == "own" else name for name in mixers] or [config.mixer],
+            models=models,
+            seeds=int(seeds),
+            output=Path(output) if output else None,
+        )
+    )
+    return 0
+
+
+def _names(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _print_config(config: RunConfig) -> int:
+    import yaml
+
+    print(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _run_help(app: App, argv: Sequence[str], command: str, text: str, extra: Sequence[tuple[str, str]]) -> int:
+    named = options.split([token for token in argv if token not in ("-h", "--help")], flags=["print_config"])
+    model = (_names(named.last("model")) or [app.default_model])[0]
+    data = named.last("data") or app.default_data
+    card = app.model(model)
+    print(f"usage: {app.name} {command} [options]\n\n{text}\n\noptions:")
+    _print_options(extra)
+    groups: dict[str, list[Option]] = {}
+    for option in options.run_options(app, model, data):
+        if command == "compare" and option.name in ("model", "mixer"):
+            continue
+        groups.setdefault(option.name.partition(".")[0] if "." in option.name else "", []).append(option)
+    _print_options([_entry(option) for option in groups.pop("")])
+    titles = {"model_args": f"options of the model {card.name} (--model NAME shows another's)"}
+    titles |= {"data_args": "options of the data", "trainer": "training", "optim": "optimiser"}
+    for head, members in groups.items():
+        print(f"\n{titles.get(head, head)}:")
+        _print_options([_entry(option) for option in members])
+    return 0
+
+
+def _entry(option: Option) -> tuple[str, str]:
+    kind = options.type_name(option.type)
+    default = "" if option.default is None or option.default == "" else f" (default: {_show(option.default)})"
+    return f"{option.name} {option.metavar or kind}", f"{option.help}{default}".strip()
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _print_options(entries: Sequence[tuple[str, str]]) -> None:
+    import shutil
+    import textwrap
+
+    width = min(120, shutil.get_terminal_size((100, 24)).columns)
+    for name, text in entries:
+        head = f"  --{name}"
+        lines = textwrap.wrap(text, max(30, width - 34)) or [""]
+        if len(head) > 32:
+            print(head)
+            head = ""
+        print(f"{head:<34}{lines[0]}".rstrip())
+        for line in lines[1:]:
+            print(f"{'':34}{line}")
+
+
+def _no_words(parsed: Parsed, command: str) -> None:
+    if parsed.words:
+        raise UserError(
+            f"{command} takes options only, got {parsed.words[0]!r}; did you mean --data {parsed.words[0]}?"
+        )
+
+
+def _must_exist(source: str) -> None:
+    """Before torch is imported: is there anything at all?"""
+    if not Path(source).exists() and not any(
+        Path(source).with_name(Path(source).name + end).exists() for end in (".new", ".old")
+    ):
+        raise UserError(f"there is no run or checkpoint at {source}; `train` prints the folder it made")
+
+
+# -- eval and predict -------------------------------------------------------------------------------------------------
+
+
+def _eval(app: App, argv: list[str]) -> int:
+    if _wants_help(argv):
+        print(
+            f"usage: {app.name} eval RUN [options]\n\n"
+            "Figures of a trained model: RUN is a run folder (its best checkpoint) or a checkpoint folder.\n\noptions:"
+        )
+        _print_options(
+            [
+                ("data NAME_OR_PATH", "other data, under the statistics the model was trained with"),
+                ("split NAME", "train, val or test (default: test)"),
+                ("output FILE", "also write the result as JSON"),
+                ("trainer.eval_batch_size N", "and every other --trainer and --data_args option of `train`"),
+            ]
+        )
+        return 0
+    parsed = options.split(argv)
+    source = _source(parsed, "eval")
+    if len(parsed.words) > 1:
+        raise UserError(f"eval takes one run, got also {parsed.words[1]!r}")
+    known = ["split", "output", *_override_names(app)]
+    options.check_options(parsed, known)
+    split, output = parsed.take("split") or "test", parsed.take("output")
+    if split not in ("train", "val", "test"):
+        raise unknown("split", split, ["train", "val", "test"])
+    data = parsed.last("data")
+    if data is not None:
+        options.check_data_name(app, data)
+    from attn_shared import trainer
+
+    result = trainer.evaluate(
+        app,
+        Path(source),
+        split=split,
+        output=Path(output) if output else None,
+        overrides=dict(parsed.options),
+    )
+    title = f"{result['model']} on {result['data']}, {split} split"
+    print(title if not result["mixer"] else f"{title}, {result['mixer']}")
+    if result["protocol"]:
+        print(result["protocol"])
+    width = max(map(len, result["metrics"]), default=0)
+    for name, value in result["metrics"].items():
+        print(f"  {name:{width}}  {value:.6g}")
+    return 0
+
+
+def _override_names(app: App) -> list[str]:
+    """What may differ from training when a trained model is evaluated."""
+    every = options.run_options(app, app.default_model, app.default_data)
+    return [
+        option.name for option in every if option.name.startswith(("trainer.", "data_args.")) or option.name == "data"
+    ]
+
+
+def _predict(app: App, argv: list[str]) -> int:
+    own = list(options.dataclass_options("", app.predict_options)) if app.predict_options else []
+    own = [Option(o.name.lstrip("."), o.type, o.default, o.help) for o in own]
+    if _wants_help(argv):
+        print(
+            f"usage: {app.name} predict RUN INPUT… --output DIR [options]\n\n"
+            "Read each INPUT, write predictions into DIR.\n\noptions:"
+        )
+        _print_options([("output DIR", "folder for the predictions"), *map(_entry, own)])
+        _print_options([("trainer.accelerator NAME", "and every other --trainer option of `train`")])
+        if app.file_formats:
+            print(f"\n{app.file_formats}")
+        return 0
+    parsed = options.split(argv)
+    source = _source(parsed, "predict")
+    trainer_names = [name for name in _override_names(app) if name.startswith("trainer.")]
+    options.check_options(parsed, ["output", *trainer_names, *(option.name for option in own)])
+    output = parsed.take("output")
+    if output is None:
+        raise UserError("predict needs --output DIR, the folder for the predictions")
+    inputs = [Path(word) for word in parsed.words[1:]]
+    if not inputs:
+        raise UserError("predict needs one or more input files after the run")
+    for file in inputs:
+        if not file.exists():
+            raise UserError(f"there is no file {file}")
+    names = {option.name for option in own}
+    given = [(name, text) for name, text in parsed.options if name in names]
+    chosen = options.typed(own, {}, [f"--{name}={text}" for name, text in given])
+    overrides = {name: text for name, text in parsed.options if name not in names}
+    from attn_shared import trainer
+
+    for path in trainer.predict(app, Path(source), inputs, Path(output), options=chosen, overrides=overrides):
+        print(path)
+    return 0
+
+
+def _source(parsed: Parsed, command: str) -> str:
+    if not parsed.words:
+        raise UserError(f"{command} needs a run or checkpoint folder; `train` prints the one it made")
+    _must_exist(parsed.words[0])
+    return parsed.words[0]
+
+
+# -- data and models --------------------------------------------------------------------------------------------------
+
+
+def _data(app: App, argv: list[str]) -> int:
+    usage = f"usage: {app.name} data list | fetch NAME | check NAME_OR_PATH"
+    if _wants_help(argv) or not argv:
+        print(f"{usage}\n\nData is looked up under $ATTN_DATA (default: data/ here).")
+        if app.file_formats:
+            print(f"\n{app.file_formats}")
+        return 0 if argv else 2
+    from attn_shared import datasets
+
+    action, names = argv[0], argv[1:]
+    if action == "list":
+        _count(names, 0, usage)
+        print(datasets.list_data(app))
+        return 0
+    if action == "fetch":
+        _count(names, 1, usage)
+        print(datasets.fetch(app.dataset(names[0])))
+        return 0
+    if action == "check":
+        _count(names, 1, usage)
+        options.check_data_name(app, names[0])
+        problems = datasets.check(app, names[0])
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print(f"{names[0]}: no problem found")
+        return 2 if problems else 0
+    raise unknown("data command", action, ["list", "fetch", "check"])
+
+
+def _count(words: Sequence[str], wanted: int, usage: str) -> None:
+    if len(words) != wanted:
+        raise UserError(usage)
+
+
+def _models(app: App, argv: list[str]) -> int:
+    if _wants_help(argv):
+        print(f"usage: {app.name} models [NAME]\n\nList the models, or describe one with its options.")
+        return 0
+    if len(argv) > 1:
+        raise UserError(f"usage: {app.name} models [NAME]")
+    if argv:
+        _describe_model(app, app.model(argv[0]))
+        return 0
+    rows = [
+        (c.name, str(c.year), c.source, c.mixer or "-", "yes" if c.trainable else "no", c.title)
+        for c in app.models.values()
+    ]
+    print(table(("name", "year", "source", "mixer", "trainable", "paper"), rows))
+    return 0
+
+
+def _describe_model(app: App, card: ModelCard) -> None:
+    facts = {
+        "paper": f"{card.title} ({card.year})",
+        "source": card.source,
+        "mixer": f"{card.mixer or 'none'}"
+        + (f"; takes any that computes {', '.join(card.mixer_patterns)}" if card.mixer_patterns else ""),
+        "trainable": "yes" if card.trainable else "no",
+        "note": card.note,
+    }
+    print(card.name)
+    for name, text in facts.items():
+        if text:
+            print(f"  {name:10} {text}")
+    print("\noptions:")
+    _print_options([_entry(option) for option in options.dataclass_options("model_args", card.config)])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns in plain text, the last one ragged."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+    lines = [head, ["-" * len(word) for word in head], *rows]
+    return "\n".join("  ".join([*(f"{c:{w}}" for c, w in zip(row, widths)), row[-1]]).rstrip() for row in lines)

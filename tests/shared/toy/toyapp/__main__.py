@@ -1,0 +1,5 @@
+import sys
+
+from toyapp.app import main
+
+sys.exit(main())
