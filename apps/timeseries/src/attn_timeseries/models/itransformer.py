@@ -41,7 +41,7 @@ class ITransformer(ForecastModel):
     ) -> None:
         super().__init__(config, shape)
         c = config
-        self.norm_window = WindowNorm(shape.channels, fixed_deviation=False) if c.use_norm else None
+        self.norm_window = WindowNorm(shape.channels) if c.use_norm else None
         self.embedding = nn.Linear(shape.seq_len, c.d_model)
         self.dropout = nn.Dropout(c.dropout)
         self.encoder = nn.ModuleList(

@@ -171,27 +171,22 @@ class WindowNorm(nn.Module):
         channels: C.
         affine: learn a scale and a shift a channel.
         subtract_last: subtract the last value instead of the mean.
-        fixed_deviation: no gradient flows through the deviation to the input, as in the first paper's code; in the
-            second's it does. (None flows through the mean in either.)
     """
 
     EPS = 1e-5
 
-    def __init__(
-        self, channels: int, *, affine: bool = False, subtract_last: bool = False, fixed_deviation: bool = True
-    ) -> None:
+    def __init__(self, channels: int, *, affine: bool = False, subtract_last: bool = False) -> None:
         super().__init__()
         self.subtract_last = subtract_last
-        self.fixed_deviation = fixed_deviation
         self.scale = nn.Parameter(torch.ones(channels)) if affine else None
         self.shift = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, L, C) -> the standardised window (B, L, C) and its (centre, deviation), each (B, 1, C)."""
-        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        # Mean and deviation are constants of the window: no gradient flows through them, as in the official code.
+        variance, mean = torch.var_mean(x.detach(), dim=1, keepdim=True, correction=0)
         deviation = (variance + self.EPS).sqrt()
-        deviation = deviation.detach() if self.fixed_deviation else deviation
-        centre = x[:, -1:] if self.subtract_last else mean.detach()
+        centre = x[:, -1:] if self.subtract_last else mean
         x = (x - centre) / deviation
         if self.scale is not None:
             x = x * self.scale + self.shift
