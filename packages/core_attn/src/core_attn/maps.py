@@ -186,8 +186,8 @@ def edit(
 ) -> Iterator[dict[str, str]]:
     """Let `fn` rewrite the attention of everything `model` computes inside the block.
 
-    The output then is `fn(name, weights) @ v`, differentiable in both; attention dropout is not applied. Edits nest: they
-    run in the order they were entered, those of scores before those of weights.
+    The output then is `fn(name, weights) @ v`, differentiable in both; attention dropout is not applied. Edits nest:
+    they run in the order they were entered, those of scores before those of weights.
 
     Args:
         model: as in `capture`.

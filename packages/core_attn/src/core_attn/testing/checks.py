@@ -10,6 +10,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -386,10 +387,9 @@ def check_inputs(s: Subject) -> str:
             other = {"context": None} if is_cross(pattern) else {"context": call["x"]}
             at("pattern that is not declared", **other)
         if not s.info.decodes:
-            bad.append((f"{pattern}: init_state, not declared", lambda mixer=mixer: mixer.init_state(2)))
-    bad.append(("dim of 0", lambda: s.make(s.patterns[0], dim=0)))
-    if not s.takes("dim"):
-        bad.pop()
+            bad.append((f"{pattern}: init_state, not declared", partial(mixer.init_state, 2)))
+    if s.takes("dim"):
+        bad.append(("dim of 0", partial(s.make, s.patterns[0], dim=0)))
     for what, attempt in bad:
         try:
             attempt()
@@ -437,12 +437,12 @@ def check_causal(s: Subject) -> str:
 
 
 def check_padding(s: Subject) -> str:
-    """Values under the mask never matter, NaN included: not to outputs, not to gradients."""
+    """Padding is as if it were not there: its values never matter, NaN included, and neither does its being there."""
     if not s.info.padding:
         raise NotClaimed("padding is not declared")
     for pattern in s.patterns:
         mixer = s.make(pattern)
-        call = s.inputs(pattern, max(11, s.info.min_length), batch=3)
+        call = s.inputs(pattern, max(11, s.info.min_length + 4), batch=3)
         read = "context" if is_cross(pattern) else "x"
         full = torch.ones(_keys(call).shape[:2], dtype=torch.bool)
         if (error := _error(run(mixer, call, key_padding_mask=full), run(mixer, call))) > TOLERANCE[torch.float64]:
@@ -460,12 +460,21 @@ def check_padding(s: Subject) -> str:
             gradient = got[1 + _tensors(call).index(read)]
             if gradient.masked_select(~mask[..., None]).count_nonzero():
                 raise Broken(f"{pattern}: {name} under the mask has a gradient")
+        # Padding in front of a causal context, behind anything else, so that taking it away moves no token.
+        length, gone = _keys(call).shape[1], 4
+        kept = slice(gone, None) if pattern is Pattern.CAUSAL_CROSS else slice(0, length - gone)
+        some = torch.zeros_like(mask)
+        some[:, kept] = True
+        padded = run(mixer, call, key_padding_mask=some)
+        short = {**call, read: call[read][:, kept]}
+        if (error := _error(padded[:, : short["x"].shape[1]], run(mixer, short))) > TOLERANCE[torch.float64]:
+            raise Broken(f"{pattern}: {gone} padding tokens change the outputs of the real ones by {error:.1e}")
         none = mask.clone()
         none[0] = False
         got = _with_gradients(mixer, _with_grad(call), {"key_padding_mask": none})
         if not all(t.isfinite().all() for t in got):
             raise Broken(f"{pattern}: a sample without any real token gives outputs or gradients that are not finite")
-    return "random values, 1e6, inf and NaN under the mask; a sample that is all padding"
+    return "random values, 1e6, inf and NaN under the mask; with padding = without; a sample that is all padding"
 
 
 def check_decoding(s: Subject) -> str:
@@ -658,13 +667,16 @@ def _counted(s: Subject, pattern: Pattern) -> list[growth.Count]:
         kept[pattern] = []
         for length in _growth_lengths(s):
             call = s.inputs(pattern, length, batch=1, context=length, dim=mixer.dim, dtype=torch.float32)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                kept[pattern].append(growth.count(lambda m=mixer, c=_with_grad(call): run(m, c).sum().backward()))
+            torch.manual_seed(0)
+            kept[pattern].append(growth.count(partial(_train_step, mixer, _with_grad(call))))
     return kept[pattern]
 
 
-def _small(s: Subject, dim: int) -> dict[str, int]:
+def _train_step(mixer: TokenMixer, call: dict[str, Any]) -> None:
+    run(mixer, call).sum().backward()
+
+
+def _small(s: Subject, dim: int) -> dict[str, Any]:
     """The option for a narrow instance, unless the caller has chosen a width."""
     return {"dim": dim} if s.takes("dim") and "dim" not in s.options_given else {}
 

@@ -58,13 +58,15 @@ class CountingMode(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             key = torch._C.DispatchKey.CUDA if any(t.is_cuda for t in tensors) else torch._C.DispatchKey.CPU
             with self:
-                return func._op_dk(key, *args, **kwargs)
+                return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if not _is_view(func):
             self.work += _work(func, args, kwargs, out, outputs)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in outputs:
-            self._track(t)
+            if t.untyped_storage()._cdata not in given:  # views, and results written in place, take no new memory
+                self._track(t)
         return out
 
     def _track(self, t: Tensor) -> None:

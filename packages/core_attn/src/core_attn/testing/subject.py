@@ -28,12 +28,13 @@ class Subject:
     def __init__(self, target: str | type | Callable[..., TokenMixer], options: dict[str, Any], seed: int = 0) -> None:
         made = registry.get(target) if isinstance(target, str) else target
         if not callable(made):
+            kind = type(made).__name__
             raise ValueError(
-                f"check_mechanism takes a name, a class or a function that makes a mechanism, not a {type(made).__name__}"
+                f"check_mechanism takes a name, a class or a function that makes a mechanism, not a {kind}"
             )
         self.factory: Callable[..., Any] = made
         self.options_given = frozenset(options)
-        self.options = {"dim": 16, "heads": 2, **options}
+        self.options = {"dim": 16, "heads": 2, "causal": False, **options}
         self.seed = seed
         if isinstance(made, type):
             if not issubclass(made, TokenMixer):
@@ -44,7 +45,8 @@ class Subject:
             taken = {p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
             self._takes_all = any(p.kind is p.VAR_KEYWORD for p in given)
         self._taken = taken
-        instance = self._call_factory({})
+        with torch.random.fork_rng(devices=[]):
+            instance = self._call_factory({})
         if not isinstance(instance, TokenMixer):
             raise ValueError(f"check_mechanism takes token mixers, this made a {type(instance).__name__}")
         if getattr(type(instance), "info", None) is None:
