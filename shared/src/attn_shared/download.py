@@ -180,7 +180,7 @@ def _wrong(file: BinaryIO, checksum: str | None, size: int | None) -> str | None
         return f"{have:,} bytes where {size:,} were expected"
     if checksum is not None:
         file.seek(0)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         if found != checksum.lower():
             return f"SHA-256 {found} where {checksum.lower()} was expected"
     return None
