@@ -1,0 +1,94 @@
+"""Softmax attention by `torch.nn.attention.flex_attention`: generated kernels that skip blocks no query may read.
+
+Each new shape is compiled, which takes seconds; on the CPU there is no backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from core_attn.dispatch import Request
+
+
+def why_not(request: Request) -> str | None:
+    if request.dropout:
+        return "it has no dropout"
+    if 0 in request.query or 0 in request.key or 0 in request.value:
+        return "it takes no empty tensors"
+    if request.device == "cpu" and request.requires_grad:
+        return "it has no backward on the CPU"
+    if request.device == "cpu" and request.dtype is torch.float64:
+        return "it has no float64 on the CPU"
+    if request.device not in ("cpu", "cuda"):
+        return f"it runs on cpu and cuda, these tensors are on {request.device}"
+    return None
+
+
+def pass_over(request: Request) -> str | None:
+    return "it compiles for seconds at every new shape"
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    window: tuple[int | None, int | None] | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """softmax(q kᵀ · scale + bias) v, arguments as `core_attn.ops.softmax_attention` hands them on."""
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    # Numbers as tensors: a kernel compiled for one window serves every other.
+    offset, behind, ahead = (
+        torch.tensor(n, device=q.device)
+        for n in (keys - queries, keys + queries if left is None else left, keys + queries if right is None else right)
+    )
+    kept = None if mask is None else mask.expand(batch, heads, queries, keys)
+    added = None if bias is None else bias.expand(batch, heads, queries, keys)
+
+    def may_read(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = j - (i + offset)
+        allowed = (distance <= ahead) & (distance >= -behind)
+        if kept is not None:
+            allowed = allowed & kept[b, h, i, j]
+        if key_padding_mask is not None:
+            allowed = allowed & key_padding_mask[b, j]
+        return allowed
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return s if added is None else s + added[b, h, i, j]
+
+    limited = left is not None or right is not None or kept is not None or key_padding_mask is not None
+    blocks = None
+    if limited:
+        per_sample = batch if kept is not None or key_padding_mask is not None else None
+        blocks = create_block_mask(may_read, per_sample, heads if kept is not None else None, queries, keys, q.device)
+    function = flex_attention if torch.compiler.is_compiling() else _compiled()
+    out: Tensor = function(
+        q,
+        k,
+        v,
+        score_mod=None if added is None else score,
+        block_mask=blocks,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out
