@@ -170,12 +170,9 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""
-        facts = {key: getattr(self.info, key) for key in self.info.__dataclass_fields__}
-        facts["patterns"] = sorted(p.value for p in self.info.patterns)
-        facts["grid_ranks"] = sorted(self.info.grid_ranks)
         options = {key: _default(value) for key, value in self.options.items()}
         return {
-            **{key: str(value) if isinstance(value, str) else value for key, value in facts.items()},
+            **facts(self.info),
             "class": self.target,
             "text": self.text,
             "options": options,
@@ -233,7 +230,7 @@ def describe(name: str) -> Description:
         target=f"{cls.__module__}.{cls.__qualname__}",
         text=inspect.getdoc(cls) or "",
         options={key: p.default for key, p in parameters(cls).items() if key not in ("dim", "channels")},
-        operator=f"{function.__name__}{inspect.signature(function)}" if function is not None else "",
+        operator=_signature(function) if function is not None else "",
         backends=tuple(b.name for b in operator.backends) if operator is not None else (),
     )
 
@@ -333,6 +330,14 @@ def explain(
     return Explanation(mechanism=name, operator=operator.name, request=asked, choices=tuple(operator.explain(asked)))
 
 
+def facts(info: MechanismInfo) -> dict[str, Any]:
+    """What a mechanism declares, as plain JSON types."""
+    held = {key: getattr(info, key) for key in info.__dataclass_fields__}
+    held["patterns"] = sorted(p.value for p in info.patterns)
+    held["grid_ranks"] = sorted(info.grid_ranks)
+    return {key: str(value) if isinstance(value, str) else value for key, value in held.items()}
+
+
 def parameters(cls: type[Mechanism]) -> dict[str, inspect.Parameter]:
     """Constructor parameters of a mechanism by name, those that **kwargs hand on to its bases included."""
     found: dict[str, inspect.Parameter] = {}
@@ -373,6 +378,13 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _operator_names(info: MechanismInfo) -> builtins.list[str]:
     return [info.operator] if info.operator else [f"{info.name}_attention", info.name]
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    """name(parameters and defaults), without the types."""
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return f"{function.__name__}{signature.replace(parameters=bare, return_annotation=signature.empty)}"
 
 
 def _words(pattern: Pattern) -> str:
