@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attn_timeseries.config import AutoformerConfig
 from attn_timeseries.models.base import ForecastModel, SeriesShape
 from attn_timeseries.models.embedding import DataEmbedding
-from attn_timeseries.models.layers import FeedForward, SeriesDecomposition, cross_mixer, self_mixer
+from attn_timeseries.models.layers import Dropout, FeedForward, SeriesDecomposition, cross_mixer, self_mixer
 from core_attn.contract import TokenMixer
 
 
@@ -115,7 +115,7 @@ class SeasonalEncoderLayer(nn.Module):
         self.attention = attention
         self.feed_forward = feed_forward
         self.decomposition = decomposition
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.decomposition.remainder(x + self.dropout(self.attention(x)))
@@ -145,7 +145,7 @@ class SeasonalDecoderLayer(nn.Module):
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
         self.decomposition = decomposition
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.trend = TrendProjection(attention.dim, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attn_timeseries.models.layers import neighbours
+from attn_timeseries.models.layers import Dropout, neighbours
 
 
 class DataEmbedding(nn.Module):
@@ -35,7 +35,7 @@ class DataEmbedding(nn.Module):
         self.token = nn.Linear(3 * channels, dim, bias=bias)
         nn.init.kaiming_normal_(self.token.weight, mode="fan_in", nonlinearity="leaky_relu")
         self.calendar = nn.Linear(marks, dim, bias=bias) if marks else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer(
             "positions", None if positions is None else sinusoidal_positions(positions, dim), persistent=False
         )

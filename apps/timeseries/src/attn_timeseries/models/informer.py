@@ -13,6 +13,8 @@ from attn_timeseries.config import InformerConfig
 from attn_timeseries.models.base import SeriesShape
 from attn_timeseries.models.layers import DecoderLayer, EncoderLayer, cross_mixer, neighbours, self_mixer
 from attn_timeseries.models.transformer import Transformer
+from core_attn.contract import TokenMixer
+from core_attn.mechanisms.sparse.prob_sparse import ProbSparseAttention
 
 
 class Informer(Transformer):
@@ -52,9 +54,13 @@ class Informer(Transformer):
 
     def _decoder_layer(self, mixer: str, options: Mapping[str, Any]) -> DecoderLayer:
         c = self.config
+        attention: TokenMixer
         if mixer == "prob_sparse":
-            options = {"factor": c.factor, "selection": "paper", "mix": c.mix, **options}
-        attention = self_mixer(mixer, c.d_model, c.n_heads, causal=True, dropout=c.dropout, options=options)
+            options = {"factor": c.factor, "selection": "paper", **options}
+        if mixer == "prob_sparse" and c.mix:
+            attention = MixedProbSparse(c.d_model, heads=c.n_heads, causal=True, **options)
+        else:
+            attention = self_mixer(mixer, c.d_model, c.n_heads, causal=True, dropout=c.dropout, options=options)
         cross = cross_mixer("softmax", c.d_model, c.n_heads, dropout=c.dropout, options={})
         return DecoderLayer(attention, cross, c.d_ff, dropout=c.dropout, activation=c.activation)
 
@@ -64,6 +70,18 @@ class Informer(Transformer):
             if i < len(self.distil):
                 tokens = self.distil[i](tokens)
         return self.encoder_norm(tokens)
+
+
+class MixedProbSparse(ProbSparseAttention):
+    """ProbSparse attention that hands its heads on as the official decoder does (`InformerConfig.mix`).
+
+    The (H, L) axes of the result are read as (L, H): token i gets H consecutive steps of one head instead of its own
+    step of all heads. Published results were made so.
+    """
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """(B, H, L, D) -> (B, L, H·D)."""
+        return x.reshape(x.shape[0], x.shape[2], -1)
 
 
 class Distil(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attn_timeseries.config import ITransformerConfig
 from attn_timeseries.models.base import ForecastModel, SeriesShape
-from attn_timeseries.models.layers import EncoderLayer, WindowNorm, self_mixer
+from attn_timeseries.models.layers import Dropout, EncoderLayer, WindowNorm, self_mixer
 
 
 class ITransformer(ForecastModel):
@@ -43,7 +43,7 @@ class ITransformer(ForecastModel):
         c = config
         self.norm_window = WindowNorm(shape.channels) if c.use_norm else None
         self.embedding = nn.Linear(shape.seq_len, c.d_model)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.encoder = nn.ModuleList(
             EncoderLayer(
                 self_mixer(mixer or "softmax", c.d_model, c.n_heads, dropout=c.dropout, options=mixer_args or {}),

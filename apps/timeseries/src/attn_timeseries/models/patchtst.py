@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attn_timeseries.config import PatchTSTConfig
 from attn_timeseries.models.base import ForecastModel, SeriesShape
-from attn_timeseries.models.layers import ChannelLinear, FeedForward, WindowNorm, self_mixer
+from attn_timeseries.models.layers import ChannelLinear, Dropout, FeedForward, WindowNorm, self_mixer
 from core_attn.contract import Growth, MechanismInfo, Pattern, TokenMixer
 from core_attn.mechanisms.heads import MultiHeadMixer
 
@@ -69,12 +69,12 @@ class PatchTST(ForecastModel):
         )
         self.patch_embedding = nn.Linear(c.patch_len, c.d_model)
         self.positions = nn.Parameter(torch.empty(patches, c.d_model).uniform_(-0.02, 0.02))
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.encoder = nn.ModuleList(
             PatchEncoderLayer(attention(), c.d_ff, dropout=c.dropout) for _ in range(c.e_layers)
         )
         self.head = ChannelLinear(shape.channels if c.individual else 1, patches * c.d_model, shape.pred_len)
-        self.head_dropout = nn.Dropout(c.head_dropout)
+        self.head_dropout = Dropout(c.head_dropout)
 
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         self.check_inputs(x, x_mark, y_mark)
@@ -102,7 +102,7 @@ class PatchEncoderLayer(nn.Module):
         self.feed_forward = FeedForward(attention.dim, hidden, dropout=dropout, activation="gelu")
         self.norm2 = nn.BatchNorm1d(attention.dim)
         # The official layer drops the attention's result twice, each with `dropout`: the same as once with this.
-        self.dropout = nn.Dropout(1 - (1 - dropout) ** 2)
+        self.dropout = Dropout(1 - (1 - dropout) ** 2)
 
     def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, N, D), scores of the layer before -> (B, N, D), this layer's scores; None where there are none."""
