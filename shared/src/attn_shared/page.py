@@ -37,7 +37,8 @@ p{margin:.4rem 0 .8rem}.lead{font-size:1.08rem}.soft{color:var(--soft)}.small{fo
 padding:0}
 .cards div{background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:.8rem 1rem}
 .cards dt{color:var(--soft);font-size:.8rem}
-.cards dd{margin:0;white-space:nowrap;font-size:1.3rem;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+.cards dd{margin:0;white-space:nowrap;font-size:1.3rem;font-weight:650;letter-spacing:-.02em;
+font-variant-numeric:tabular-nums}
 .cards .first{border-color:var(--accent);background:var(--mark)}
 .cards small{display:block;white-space:normal;font-size:.78rem;font-weight:400;color:var(--soft);letter-spacing:0}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:.7rem;background:var(--card)}

@@ -242,7 +242,7 @@ class _Report:
         with plotting.style():
             left, right = fig.subplots(1, 2)
             if losses:
-                left.plot(*zip(*losses), color=plotting.COLOURS[0], alpha=0.35, linewidth=1, label="of single steps")
+                left.plot(*zip(*losses), color=plotting.COLOURS[0], alpha=0.6, linewidth=1, label="of single steps")
             if epochs:
                 left.plot(*zip(*epochs), color=plotting.COLOURS[0], marker="o", markersize=4, label="mean of the epoch")
             left.set(title="training loss", xlabel="optimiser step")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,9 +268,12 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    module = types.ModuleType("attn_sums")
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    package = tmp_path / "lib" / "attn_sums"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    module = importlib.import_module("attn_sums")
     module.SumTask = SumTask  # type: ignore[attr-defined]
-    sys.modules["attn_sums"] = module
     yield World(tmp_path)
     del sys.modules["attn_sums"]
