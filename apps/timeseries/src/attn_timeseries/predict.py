@@ -70,17 +70,17 @@ def _read(task: ForecastTask, path: Path) -> SeriesTable:
         args, columns=list(state["columns"]), time_column=None, id_column=None, delimiter=None
     )
     try:
-        header = read_table(path, dataclasses.replace(options, frequency=None))
+        table = read_table(path, options)
     except UserError as error:
         text = str(error)
         if "unknown column" in text:
             text = f"{text.rstrip('?')}? The model was trained on columns {', '.join(map(repr, state['columns']))}"
             raise UserError(text) from None
         raise
-    check_step(header, state)
-    for note in header.notes:
+    check_step(table, state)
+    for note in table.notes:
         print(f"{path.name}: {note}", file=sys.stderr)
-    return header
+    return table
 
 
 def forecast_series(task: ForecastTask, series: Series, table: SeriesTable) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def forecast_series(task: ForecastTask, series: Series, table: SeriesTable) -> p
     # Gaps before the end are filled by a line between observed values, one at the end by the last observed value.
     history = task.scaler.scale(fill_between(series.values), series.name)[-seq_len:]
     future = pd.date_range(series.times[-1], periods=pred_len + 1, freq=table.frequency)[1:]
-    times = series.times[-seq_len:].append(future)
+    times = pd.DatetimeIndex(series.times[-seq_len:].append(future))
     marks = torch.from_numpy(calendar_features(times, task.data_state["calendar"]).astype(np.float32))[None]
     dtype = next((p.dtype for p in task.network.parameters()), torch.float32)
     batch = {
@@ -128,13 +128,13 @@ def _write_csv(file: Path, table: SeriesTable, forecasts: Sequence[pd.DataFrame]
 def _write_plot(file: Path, task: ForecastTask, table: SeriesTable, forecasts: Sequence[pd.DataFrame]) -> None:
     from attn_timeseries.plots import forecast_panels
 
-    panels = []
+    panels: list[dict[str, Any]] = []
     tail = min(task.shape.seq_len, max(2 * task.shape.pred_len, 48))
     for series, forecast in zip(table.series, forecasts):
         for c, column in enumerate(table.columns):
             if len(panels) == _PANELS:
                 break
-            times = series.times[-tail:].append(pd.DatetimeIndex(forecast.index))
+            times = pd.DatetimeIndex(series.times[-tail:].append(pd.DatetimeIndex(forecast.index)))
             panels.append(
                 {
                     "title": f"{series.name}, {column}" if series.name else column,

@@ -1,7 +1,7 @@
 """Published figures, MSE and MAE on scaled values, under the protocol this application follows.
 
-Sources: [1] A. Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023, Table 2 (Informer,
-Autoformer, DLinear, repeat-last); [2] Y. Nie et al., "A Time Series is Worth 64 Words", ICLR 2023, Table 3 (PatchTST/42).
+Sources: A. Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023, Table 2 (Informer,
+Autoformer, DLinear, repeat-last); Y. Nie et al., "A Time Series is Worth 64 Words", ICLR 2023, Table 3 (PatchTST/42).
 Look-back 96 (ILI 36) for Informer and Autoformer, 336 (ILI 104) for DLinear and PatchTST.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 _ZENG = "Zeng et al. 2023, table 2"
 _NIE = "Nie et al. 2023, table 3"
+# Model, source, look-back, look-back on ILI.
 _COLUMNS = (
     ("informer", _ZENG, 96, 36),
     ("autoformer", _ZENG, 96, 36),

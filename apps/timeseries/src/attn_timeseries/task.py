@@ -19,7 +19,7 @@ from attn_timeseries import baselines as simple
 from attn_timeseries import metrics
 from attn_timeseries.config import MODELS
 from attn_timeseries.data.benchmarks import borders, split_rule
-from attn_timeseries.data.calendar import calendar_features, feature_names, season_of, unit
+from attn_timeseries.data.calendar import feature_names, season_of, unit
 from attn_timeseries.data.cards import DATASETS, ForecastDataConfig
 from attn_timeseries.data.sources import read_source
 from attn_timeseries.data.table import SeriesTable
@@ -232,10 +232,9 @@ class ForecastTask(Task):
             if row.name.startswith("dlinear") and self.config.model != "dlinear"
         }
         column = self.data_state["columns"][channel]
+        moment = str(times[self.shape.seq_len]).removesuffix(" 00:00:00")
         return {
-            "title": f"{name + ', ' if name else ''}{column}, from {times[self.shape.seq_len]:%Y-%m-%d %H:%M}".removesuffix(
-                " 00:00"
-            ),
+            "title": f"{name}{', ' if name else ''}{column}, from {moment}",
             "times": times.tz_localize(None),
             "history": batch["x"][0, :, channel].double().numpy() * std + mean,
             "truth": np.where(
@@ -258,9 +257,7 @@ class ForecastTask(Task):
 def new_scores(state: Mapping[str, Any], pred_len: int) -> metrics.ForecastScores:
     """Scores for data of this state."""
     scaler = Scaler.from_state(state["scaler"])
-    seasonal = np.array(
-        [[np.nan if q is None else q for q in row] for row in state["seasonal_error"]], dtype=np.float64
-    )
+    seasonal = np.array(state["seasonal_error"], dtype=np.float64)  # None becomes NaN
     return metrics.ForecastScores(
         pred_len, torch.from_numpy(scaler.mean), torch.from_numpy(scaler.std), torch.from_numpy(seasonal)
     )
@@ -341,4 +338,12 @@ def _protocol(data: str, rule: str, args: ForecastDataConfig, splits: Mapping[st
     )
 
 
-__all__ = ["ForecastTask", "calendar_features", "fit_state"]
+def _apart(indices: Sequence[int], distance: int) -> list[int]:
+    """The first few indices that lie at least `distance` from each other."""
+    chosen: list[int] = []
+    for index in indices:
+        if all(abs(index - other) >= distance for other in chosen):
+            chosen.append(index)
+        if len(chosen) == _PANELS:
+            break
+    return chosen

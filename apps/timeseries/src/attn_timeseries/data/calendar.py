@@ -7,13 +7,14 @@ that its step can tell apart (an hourly one no minutes, a weekly one no hours).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from attn_shared.errors import UserError
 
-_FEATURES: dict[str, Callable[[pd.DatetimeIndex], np.ndarray]] = {
+_FEATURES: dict[str, Callable[[pd.DatetimeIndex], Any]] = {
     "second": lambda t: t.second / 59 - 0.5,
     "minute": lambda t: t.minute / 59 - 0.5,
     "hour": lambda t: t.hour / 23 - 0.5,
@@ -68,7 +69,7 @@ def calendar_features(times: pd.DatetimeIndex, frequency: str) -> np.ndarray:
 
 
 def season_of(frequency: str) -> int:
-    """Steps in the season usual for a frequency: a day for steps below a day, a week for days, a year for longer ones."""
+    """Steps in the usual season: a day for steps below a day, a week for days, a year for longer ones."""
     kind = unit(frequency)
     multiple = pd.tseries.frequencies.to_offset(frequency).n
     if kind in _SEASONS:

@@ -24,7 +24,8 @@ class ForecastDataConfig:
         calendar: frequency whose calendar features are used; None = the data's own. The Autoformer scripts use "h"
             for every data set.
         season: steps in a season, for the seasonal naive forecast and MASE; None = from the frequency (24 for hours).
-        split: "etth" = rows 12*720, 16*720, 20*720; "ratio" = by the fractions below; "auto" = etth for ETTh, else ratio.
+        split: "etth" = rows 12*720, 16*720, 20*720; "ratio" = by the fractions below; "auto" = etth for etth1 and
+            etth2, else ratio.
         train_fraction: first part of each series, for training and for the scaler.
         test_fraction: last part of each series; what lies between is for validation.
         missing: "interpolate" = fill gaps over time (never from beyond the end of a look-back, never scored);

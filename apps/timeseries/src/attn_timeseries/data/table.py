@@ -72,14 +72,12 @@ def read_table(path: Path, config: ForecastDataConfig) -> SeriesTable:
     times = _times(cells, time_column, notes)
     columns, id_column = _roles(cells, times, time_column, config, notes)
     values = _values(cells, columns)
-    ids = _ids(cells, id_column)
-
-    parts: list[tuple[str, np.ndarray]] = []
-    order = np.argsort(ids.codes, kind="stable") if id_column else np.arange(len(times))
-    bounds = np.cumsum(np.bincount(ids.codes, minlength=len(ids.categories)))[:-1] if id_column else []
-    for name, rows in zip(ids.categories if id_column else [""], np.split(order, bounds)):
-        parts.append((str(name), _sorted_rows(cells, times, values, rows, str(name), notes)))
-
+    codes, names = _ids(cells, id_column)
+    bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
+    parts = [
+        (name, _sorted_rows(cells, times, values, rows, name, notes))
+        for name, rows in zip(names, np.split(np.argsort(codes, kind="stable"), bounds))
+    ]
     frequency = _frequency(cells, times, parts, config, notes)
     series = [_regular(cells, name, times, values, rows, frequency, columns, config, notes) for name, rows in parts]
     return SeriesTable(
@@ -131,9 +129,9 @@ def _find_time(cells: Cells, config: ForecastDataConfig) -> str:
         times, _ = parse_times(column)
         if column.notna().any() and times.notna().sum() > 0.5 * column.notna().sum():
             candidates.append(name)
-    usual = [name for name in candidates if name.lower() in TIME_NAMES]
-    if len(candidates) == 1 or len(usual) == 1:
-        return (usual or candidates)[0]
+    named = [name for name in candidates if name.lower() in TIME_NAMES]
+    if len(candidates) == 1 or len(named) == 1:
+        return (named or candidates)[0]
     if candidates:
         raise UserError(
             f"{cells.source}: several columns hold times ({', '.join(map(repr, candidates))}); "
@@ -258,15 +256,17 @@ def _values(cells: Cells, columns: list[str]) -> np.ndarray:
     return values
 
 
-def _ids(cells: Cells, id_column: str | None) -> pd.Categorical:
+def _ids(cells: Cells, id_column: str | None) -> tuple[np.ndarray, list[str]]:
+    """Number of the series each row belongs to, and the series' names in order of appearance."""
     if id_column is None:
-        return pd.Categorical([])
+        return np.zeros(len(cells.frame), dtype=np.int64), [""]
     column = cells.frame[id_column]
     missing = column.isna().to_numpy()
     if missing.any():
         raise UserError(f"{cells.where(int(missing.argmax()))}: the name of the series is missing ({id_column!r})")
     text = column.astype(str).str.strip()
-    return pd.Categorical(text, categories=list(dict.fromkeys(text)))
+    codes, names = pd.factorize(text)
+    return codes, [str(name) for name in names]
 
 
 def _sorted_rows(

@@ -26,10 +26,10 @@ TIME_NAMES = (
     "column 1",
 )
 
-_DATES = (
-    ["%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y"]
-    + ["%d/%m/%y", "%m/%d/%y", "%d.%m.%y", "%d %b %Y", "%b %d %Y", "%d-%b-%Y", "%b %Y", "%b-%Y", "%Y-%m", "%m/%Y"]
-)  # fmt: skip
+_DATES = [
+    *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%y"),
+    *("%m/%d/%y", "%d.%m.%y", "%d %b %Y", "%b %d %Y", "%d-%b-%Y", "%b %Y", "%b-%Y", "%Y-%m", "%m/%Y"),
+]
 _CLOCKS = ["", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p"]
 _DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d"}
 _OFFSET = re.compile(r":\d{2}(?:\.\d+)?\s*(?P<offset>Z|UTC|[+-]\d{2}:?\d{2})$")
@@ -49,7 +49,7 @@ def _parse(text: pd.Series, form: str) -> pd.Series:
 
 
 def _regularity(times: pd.Series) -> tuple[bool, float]:
-    """How much a reading of the times looks like a series: in order, and by how many rows the commonest step is taken."""
+    """How much a reading of the times looks like a series: in order, and the share of the commonest step."""
     steps = np.diff(times.dropna().to_numpy().astype("datetime64[us]").astype(np.int64))
     if not len(steps):
         return False, 0.0
@@ -65,7 +65,7 @@ def parse_times(raw: pd.Series, *, digits: bool = True) -> tuple[pd.Series, list
         digits: whether bare numbers (2020, 202001, 20200131, seconds since 1970) may be times.
     """
     if pd.api.types.is_datetime64_any_dtype(raw):
-        return raw.astype(f"datetime64[us, {raw.dt.tz}]" if raw.dt.tz is not None else "datetime64[us]"), []
+        return raw.dt.as_unit("us"), []
     if pd.api.types.is_float_dtype(raw):
         raw = raw.astype("Int64") if (raw.dropna() % 1 == 0).all() else raw
     text = raw.astype("str").str.strip()
@@ -128,9 +128,7 @@ def _parse_zoned(text: pd.Series, zoned: pd.Series) -> tuple[pd.Series, list[str
     bare = zoned.index[~zoned]
     if len(bare):
         # A cell without an offset is another moment in every zone: treated as no time, and told so by the caller.
-        times = times.copy()
-        times[bare] = pd.NaT
-        return times, ["some times have a UTC offset and some have none"]
+        return times.mask(times.index.isin(bare)), ["some times have a UTC offset and some have none"]
     offsets = text.dropna().str.extract(_OFFSET)["offset"].replace({"Z": "+00:00", "UTC": "+00:00"}).unique()
     if len(offsets) > 1:
         return times, [f"times have {len(offsets)} UTC offsets; converted to UTC"]

@@ -187,7 +187,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     @staticmethod
     def _rows(table: Tensor, start: Tensor, length: int) -> Tensor:
-        """(B, length, ·): rows start … start + length - 1 of a contiguous (T, ·) table, copied as one block a window."""
+        """(B, length, ·): `length` rows of a contiguous (T, ·) table from `start` on, one copy a window."""
         count, width = table.shape
         blocks = table.as_strided((count - length + 1, length * width), (width, 1))
         return blocks.index_select(0, start).view(len(start), length, width)
@@ -252,20 +252,8 @@ def check_lengths(series: Sequence[Series], rule: str, config: ForecastDataConfi
         if split == "val" and last == first:
             continue
         if last - first < config.pred_len:
+            part = "validation" if split == "val" else "test"
             raise UserError(
-                f"{source}: the {'validation' if split == 'val' else 'test'} part has {last - first:,} of {rows:,} rows "
-                f"and one forecast takes pred_len {config.pred_len}; shorten pred_len, add rows, or change the fractions"
+                f"{source}: the {part} part has {last - first:,} of {rows:,} rows and one forecast takes pred_len "
+                f"{config.pred_len}; shorten pred_len, add rows, or change the fractions"
             )
-
-
-__all__ = [
-    "SPLITS",
-    "Scaler",
-    "Windows",
-    "check_lengths",
-    "fill_between",
-    "fill_forward",
-    "make_windows",
-    "next_observed",
-    "train_rows",
-]
