@@ -159,27 +159,28 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
         lse = torch.full(q.shape[:3], _INF, dtype=b.dtype, device=q.device)
         for r0, r1 in b.row_blocks():
             rows = b.take_rows(b.q, r0, r1) * b.scale
-            top = total = summed = None
+            so_far: tuple[Tensor, Tensor, Tensor] | None = None  # maximum, sum of weights, weighted sum of values
             for c0, c1 in b.key_blocks(r0, r1):
                 p = b.scores(rows, r0, r1, c0, c1)
-                new = p.amax(dim=-1, keepdim=True)
-                if top is not None:
-                    new = torch.maximum(new, top)
-                base = new.masked_fill(new == -_INF, 0.0)
+                top = p.amax(dim=-1, keepdim=True)
+                if so_far is not None:
+                    top = torch.maximum(top, so_far[0])
+                base = top.masked_fill(top == -_INF, 0.0)
                 p.sub_(base).exp_()
-                part = p.sum(dim=-1, keepdim=True)
+                total = p.sum(dim=-1, keepdim=True)
                 kept = b.kept(p)
                 if kept is not None:
                     p *= kept
-                if top is None:
-                    total, summed = part, torch.bmm(p, b.v[:, c0:c1])
+                if so_far is None:
+                    summed = torch.bmm(p, b.v[:, c0:c1])
                 else:
-                    shrink = torch.exp(top - base)
-                    total = part.addcmul_(total, shrink)
-                    summed = torch.baddbmm(summed * shrink, p, b.v[:, c0:c1])
-                top = new
-            if top is None or total is None or summed is None:
+                    shrink = torch.exp(so_far[0] - base)
+                    total += so_far[1] * shrink
+                    summed = torch.baddbmm(so_far[2] * shrink, p, b.v[:, c0:c1])
+                so_far = top, total, summed
+            if so_far is None:
                 continue
+            top, total, summed = so_far
             empty = total == 0
             b.put_rows(b.grouped(out), summed / total.masked_fill(empty, 1.0), r0, r1)
             stats = (top + total.log()).masked_fill_(empty, _INF)

@@ -81,7 +81,7 @@ def run(
     if limited:
         per_sample = batch if kept is not None or key_padding_mask is not None else None
         blocks = create_block_mask(may_read, per_sample, heads if kept is not None else None, queries, keys, q.device)
-    function = flex_attention if torch.compiler.is_compiling() else _compiled()
+    function: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled()
     out: Tensor = function(
         q,
         k,

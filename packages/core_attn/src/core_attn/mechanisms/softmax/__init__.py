@@ -1,0 +1,1 @@
+"""Mechanisms that are exact softmax attention, one file a paper."""
