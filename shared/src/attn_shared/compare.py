@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from attn_shared import options, page, plotting, trainer
 from attn_shared.app import App, ModelCard
@@ -36,6 +37,14 @@ from core_attn import registry
 
 NAME = "comparison"
 _MARKERS = "osD^vPX"
+_COST_HEADS = {
+    "parameters": "parameters",
+    "flops": "FLOPs",
+    "train_samples_per_s": "train, samples/s",
+    "eval_samples_per_s": "eval, samples/s",
+    "latency_ms": "latency, ms",
+    "peak_memory_mb": "memory, MiB",
+}
 
 
 @dataclass
@@ -351,7 +360,7 @@ def _costs(app: App, cells: Sequence[Cell]) -> Iterator[Cost | None]:
 
 
 class _Table:
-    COSTS = tuple(COST_NAMES)
+    COSTS = tuple(_COST_HEADS)
 
     def __init__(
         self, app: App, task: type[Task], config: RunConfig, cells: Sequence[Cell], lines: Sequence[Line]
@@ -393,7 +402,7 @@ class _Table:
         return {"model": line.model, "failed": line.model}.get(line.kind, f"{line.model} ({line.kind})")
 
     def head(self) -> list[str]:
-        return ["model", "attention", *self.metrics, *(COST_NAMES[c] for c in self.COSTS)]
+        return ["model", "attention", *self.metrics, *_COST_HEADS.values()]
 
     def _row(self, line: Line) -> list[str]:
         if line.kind == "failed":
@@ -537,7 +546,7 @@ class _Table:
             page.paragraph(self.verdict(), "lead"),
             page.section(
                 "Results",
-                page.table(self.head(), rows, text_columns=2),
+                page.table(self.head(), rows, text_columns=(0, 1)),
                 *(page.paragraph(text, "small soft") for text in self.sentences()),
             ),
             page.section("What failed", failures),
@@ -555,7 +564,7 @@ class _Table:
                 page.fold("Configuration", page.code(yaml.safe_dump(config_to_dict(self.config), sort_keys=False))),
             ),
         ]
-        return page.page(self.title(), "\n".join(part for part in parts if part))
+        return page.page(self.title(), "\n".join(part for part in parts if part), wide=True)
 
     def verdict(self) -> str:
         """One sentence: who came first, by how much, among those trained here."""
@@ -600,7 +609,13 @@ class _Table:
                         linestyle="none",
                         label=_name_of(line),
                     )
-                axes.set_xscale("log")
+                drawn = [x for line in points if (x := value(line.cost))]
+                if drawn and max(drawn) > 8 * min(drawn):
+                    axes.set_xscale("log")
+                else:
+                    axes.set_xlim(left=0)
+                    axes.xaxis.set_major_locator(MaxNLocator(4))
+                    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
                 axes.set_xlabel(label)
             grid[0].set_ylabel(f"{self.task.primary} ({'higher' if self.task.maximize else 'lower'} is better)")
             found: dict[str, Any] = {}

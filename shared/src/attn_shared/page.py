@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ _CSS = """
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
 main{max-width:64rem;margin:0 auto;padding:0 1.25rem 4rem}
+main.broad{max-width:82rem}
 header{border-top:6px solid var(--accent);padding:2.2rem 0 .4rem}
 header .over{color:var(--accent);font-weight:600;font-size:.85rem;letter-spacing:.06em;margin:0;
 text-transform:uppercase}
@@ -83,15 +84,16 @@ def escape(value: Any) -> str:
     return value if isinstance(value, Markup) else html.escape(str(value))
 
 
-def page(title: str, body: str) -> str:
-    """A whole document."""
+def page(title: str, body: str, *, wide: bool = False) -> str:
+    """A whole document; `wide` for tables of many columns."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         # Says to the browser what we promise: nothing is loaded and nothing runs.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        f"<main{' class=broad' if wide else ''}>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -139,16 +141,16 @@ class Row:
     kind: str = ""
 
 
-def table(head: Sequence[str], rows: Sequence[Row], *, text_columns: int = 1) -> str:
-    """A table that scrolls sideways on narrow screens; columns after the first `text_columns` are numbers."""
+def table(head: Sequence[str], rows: Sequence[Row], *, text_columns: Collection[int] = (0,)) -> str:
+    """A table that scrolls sideways on narrow screens; all but `text_columns` hold numbers."""
     if not rows:
         return ""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         out = []
         for i, cell in enumerate(cells):
-            classes = ["n"] if i >= text_columns else []
-            if i < text_columns and tag == "td" and len(str(cell)) > 60 and not isinstance(cell, Markup):
+            classes = [] if i in text_columns else ["n"]
+            if i in text_columns and tag == "td" and len(str(cell)) > 60 and not isinstance(cell, Markup):
                 classes.append("long")
             style = f' class="{" ".join(classes)}"' if classes else ""
             out.append(f"<{tag}{style}>{escape(cell)}</{tag}>")

@@ -207,7 +207,7 @@ class _Report:
             return page.table(["model", *metrics], [Row(cells=row.cells[:-1], kind=row.kind) for row in body])
         # The source reads best beside the name; numbers stay to the right.
         moved = [Row(cells=[row.cells[0], row.cells[-1], *row.cells[1:-1]], kind=row.kind) for row in body]
-        return page.table(["model", "source", *metrics], moved, text_columns=2)
+        return page.table(["model", "source", *metrics], moved, text_columns=(0, 1))
 
     def _protocol(self) -> str:
         text = str(self.results.get("protocol") or self.bundle.protocol)
@@ -343,8 +343,7 @@ class _Report:
             for key, title in COST_NAMES.items()
             if key in cost
         ]
-        moved = [Row(cells=[row.cells[0], row.cells[2], row.cells[1]]) for row in rows]
-        return page.table(["", "what is measured", "figure"], moved, text_columns=2)
+        return page.table(["", "figure", "what is measured"], rows, text_columns=(0, 2))
 
     def _cost_notes(self) -> str:
         cost = self.results.get("cost") or {}
