@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from attn_timeseries.config import FlowformerConfig
-from attn_timeseries.models.layers import DecoderLayer
+from attn_timeseries.models.layers import DecoderLayer, EncoderLayer
 from attn_timeseries.models.transformer import Transformer
 
 
@@ -24,6 +24,11 @@ class Flowformer(Transformer):
 
     config: FlowformerConfig
     own_mixer: ClassVar[str] = "flow"
+
+    def _encoder_layer(self, mixer: str, options: Mapping[str, Any]) -> EncoderLayer:
+        if mixer == "flow":
+            options = {"clamp": False, **options}  # the authors' time-series code does not limit the conserved source
+        return super()._encoder_layer(mixer, options)
 
     def _decoder_layer(self, mixer: str, options: Mapping[str, Any]) -> DecoderLayer:
         return super()._decoder_layer("softmax", {})
