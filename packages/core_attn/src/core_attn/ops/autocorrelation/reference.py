@@ -26,6 +26,8 @@ def mean_correlation(q: Tensor, k: Tensor) -> Tensor:
     """R(tau) = sum over t of q(t) k(t - tau), circular, averaged over heads and channels: (B, L); eq. (5)."""
     length = q.shape[-2]
     k = fit_length(k, length)
+    # In half precision, rounded correlations would tie, and the choice of delays would depend on the order of ties.
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     lags = [(q * torch.roll(k, lag, dims=-2)).sum(-2).mean((-2, -1)) for lag in range(length)]
     return torch.stack(lags, dim=-1)
 
@@ -51,7 +53,7 @@ def auto_correlation_reference(
     for values, sample_weights, sample_delays in zip(v, weights, delays.tolist(), strict=True):
         rolled = [w * torch.roll(values, -lag, dims=-2) for w, lag in zip(sample_weights, sample_delays, strict=True)]
         samples.append(torch.stack(rolled).sum(0))
-    return torch.stack(samples) if samples else v
+    return torch.stack(samples).to(v.dtype) if samples else v
 
 
 def auto_correlation_map(q: Tensor, k: Tensor, *, factor: float = 1.0, batch_delays: bool = False) -> Tensor:
@@ -66,4 +68,4 @@ def auto_correlation_map(q: Tensor, k: Tensor, *, factor: float = 1.0, batch_del
     # Appended zeros are no tokens, tokens cut off are read by nobody.
     keys = k.shape[-2]
     circulant = circulant[..., :keys] if keys <= length else torch.nn.functional.pad(circulant, (0, keys - length))
-    return circulant.unsqueeze(1).expand(batch, heads, length, keys)
+    return circulant.to(q.dtype).unsqueeze(1).expand(batch, heads, length, keys)
