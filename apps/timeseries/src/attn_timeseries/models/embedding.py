@@ -42,7 +42,8 @@ class DataEmbedding(nn.Module):
 
     def forward(self, x: Tensor, marks: Tensor) -> Tensor:
         """(B, L, C), (B, L, F) -> (B, L, D)."""
-        features, weight, bias = neighbours(x), self.token.weight, self.token.bias
+        features, bias = neighbours(x), self.token.bias
+        weight: Tensor = self.token.weight
         if self.calendar is not None:
             features = torch.cat([features, marks], dim=-1)
             weight = torch.cat([weight, self.calendar.weight], dim=1)

@@ -5,7 +5,7 @@ Shapes: B batch, L tokens, M context tokens, D = d_model channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from core_attn import registry
 from core_attn.api import build, parameters
 from core_attn.contract import Pattern, TokenMixer
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
 # --- token mixers ---
@@ -188,14 +188,14 @@ class WindowNorm(nn.Module):
         deviation = (variance + self.EPS).sqrt()
         centre = x[:, -1:] if self.subtract_last else mean
         x = (x - centre) / deviation
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             x = x * self.scale + self.shift
         return x, (centre, deviation)
 
     def undo(self, y: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
         """(B, T, C) forecast of the standardised window -> forecast of the window."""
         centre, deviation = statistics
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             y = (y - self.shift) / (self.scale + self.EPS**2)
         return y * deviation + centre
 
