@@ -299,7 +299,7 @@ def test_backends(variant, monkeypatch):
     assert good.detail == "fast = reference; cannot run here: kernel"
     wrong = run_with(lambda q, k, v, **more: reference(q, k, v, **more) * (1 + 1e-8))
     assert wrong.outcome is Outcome.FAILED
-    assert "fast, noncausal_self, L=1, float64, eval: output is off the reference" in wrong.detail
+    assert "fast, noncausal_self, L=65, float64, eval: output is off the reference" in wrong.detail
     wrong = run_with(lambda q, k, v, **more: reference(q, k.detach() * 1, v, **more))
     assert "gradient is off" in wrong.detail
 

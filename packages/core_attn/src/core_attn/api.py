@@ -129,7 +129,7 @@ def list(
     asked = [pattern] if isinstance(pattern, str) else [*(pattern or ())]
     for p in asked:
         if p not in [*Pattern]:
-            raise unknown("pattern", p, [*Pattern])
+            raise unknown("pattern", p, [known.value for known in Pattern])
     wanted = {Pattern(p) for p in asked}
     flags = {
         "decodes": decodes,

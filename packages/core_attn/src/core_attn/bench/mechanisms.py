@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core_attn import api
+from core_attn import api, registry
 from core_attn.cli import columns
 from core_attn.testing.growth import count
 
@@ -141,7 +141,7 @@ def _rows(
             if before is not None:
                 growth = math.log(train / measured[name, before][1]) / math.log(length / before)
             yield Row(
-                name=name,
+                name=registry.short_name(name),
                 length=length,
                 forward_ms=forward,
                 train_ms=train,
