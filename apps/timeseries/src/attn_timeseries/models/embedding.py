@@ -42,13 +42,12 @@ class DataEmbedding(nn.Module):
 
     def forward(self, x: Tensor, marks: Tensor) -> Tensor:
         """(B, L, C), (B, L, F) -> (B, L, D)."""
-        features, bias = neighbours(x), self.token.bias
-        weight: Tensor = self.token.weight
-        if self.calendar is not None:
-            features = torch.cat([features, marks], dim=-1)
-            weight = torch.cat([weight, self.calendar.weight], dim=1)
-            bias = None if bias is None else bias + self.calendar.bias
-        tokens = F.linear(features, weight, bias)
+        if self.calendar is None:
+            tokens = self.token(neighbours(x))
+        else:
+            weight = torch.cat([self.token.weight, self.calendar.weight], dim=1)
+            bias = None if self.token.bias is None else self.token.bias + self.calendar.bias
+            tokens = F.linear(torch.cat([neighbours(x), marks], dim=-1), weight, bias)
         if self.positions is not None:
             tokens = tokens + self.positions[: x.shape[1]]
         return self.dropout(tokens)
