@@ -30,7 +30,7 @@ from attn_shared.app import App, ModelCard
 from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import UserError
 from attn_shared.profiling import DEFINITIONS, Cost, machine, measure_costs
-from attn_shared.report import COST_NAMES, cost_text, main_metrics, metric_text, sort_key
+from attn_shared.report import COST_NAMES, cost_text, main_metrics, metric_text, sentence, sort_key
 from attn_shared.runs import Run, slug, write_atomically
 from attn_shared.task import DataBundle, Task
 from core_attn import registry
@@ -371,7 +371,8 @@ class _Table:
         self.split = split_of(results) if results else "test"
         self.protocol = str(results["protocol"]) if results else ""
         figures = results["splits"][self.split] if results else {}
-        self.metrics = main_metrics(task, figures) if results else [task.primary]
+        self.metrics = main_metrics(task, figures, limit=4) if results else [task.primary]
+        self.all_metrics = list(dict.fromkeys([*self.metrics, *figures]))
         self.seeds = len({c.config.seed for c in cells})
         self.machine = machine()
         self.sources = any(line.source for line in self.lines)
@@ -425,13 +426,13 @@ class _Table:
         best = "highest" if self.task.maximize else "lowest"
         spread = f", mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else ", one seed"
         t = self.config.trainer
-        budget = f"{t.max_epochs} epochs at most"
+        budget = f"{t.max_epochs} epoch{'s' if t.max_epochs != 1 else ''} at most"
         if t.max_steps is not None:
             budget += f", {t.max_steps:,} steps"
         if t.max_minutes is not None:
             budget += f", {t.max_minutes:g} minutes"
         said = [
-            f"{self.split} split, {best} {self.task.primary} first{spread}. {self.protocol}".strip(),
+            f"{self.split} split, {best} {self.task.primary} first{spread}. {sentence(self.protocol)}".strip(),
             f"Every model trained here had the same budget ({budget}, batches of {t.batch_size}) and the same data; "
             "the best epoch was chosen on the validation split.",
         ]
@@ -481,10 +482,10 @@ class _Table:
         """Numbers unrounded; one row a line of the table."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        quality = [f"{m}_{s}" for m in self.metrics for s in ("mean", "sd")]
+        quality = [f"{m}_{s}" for m in self.all_metrics for s in ("mean", "sd")]
         writer.writerow(["kind", "model", "attention", "source", "seeds", *quality, *self.COSTS, "error"])
         for line in self.lines:
-            figures = [v for m in self.metrics for v in (line.mean(m), line.sd(m))]
+            figures = [v for m in self.all_metrics for v in (line.mean(m), line.sd(m))]
             costs = [getattr(line.cost, c) if line.cost is not None else None for c in self.COSTS]
             seeds = max((len(v) for v in line.metrics.values()), default=0) if line.kind == "model" else ""
             writer.writerow([line.kind, line.model, line.mixer, line.source, seeds, *figures, *costs, line.error])
@@ -560,11 +561,22 @@ class _Table:
                 "How this was measured",
                 page.facts({COST_NAMES[c]: DEFINITIONS[c] for c in self.COSTS}),
                 page.code(self.command()),
+                page.fold("All metrics", self._all_metrics()),
                 page.fold("Machine", page.facts(self.machine)),
                 page.fold("Configuration", page.code(yaml.safe_dump(config_to_dict(self.config), sort_keys=False))),
             ),
         ]
         return page.page(self.title(), "\n".join(part for part in parts if part), wide=True)
+
+    def _all_metrics(self) -> str:
+        if len(self.all_metrics) == len(self.metrics):
+            return ""
+        rows = [
+            page.Row(cells=[self._name(line), line.mixer, *(self._quality(line, m) for m in self.all_metrics)])
+            for line in self.lines
+            if line.kind in ("model", "baseline")
+        ]
+        return page.table(["model", "attention", *self.all_metrics], rows, text_columns=(0, 1))
 
     def verdict(self) -> str:
         """One sentence: who came first, by how much, among those trained here."""
@@ -613,7 +625,7 @@ class _Table:
                 if drawn and max(drawn) > 8 * min(drawn):
                     axes.set_xscale("log")
                 else:
-                    axes.set_xlim(left=0)
+                    axes.set_xlim(0, 1.15 * max(drawn, default=1.0))
                     axes.xaxis.set_major_locator(MaxNLocator(4))
                     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
                 axes.set_xlabel(label)

@@ -27,7 +27,7 @@ _CSS = """
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
 main{max-width:64rem;margin:0 auto;padding:0 1.25rem 4rem}
-main.broad{max-width:82rem}
+main.broad{max-width:88rem}
 header{border-top:6px solid var(--accent);padding:2.2rem 0 .4rem}
 header .over{color:var(--accent);font-weight:600;font-size:.85rem;letter-spacing:.06em;margin:0;
 text-transform:uppercase}

@@ -130,7 +130,7 @@ def count_flops(forward: Callable[[], Any]) -> tuple[int, tuple[str, ...]]:
     return counter.get_total_flops(), tuple(sorted(unknown))
 
 
-def measure_cost(task: Task, bundle: DataBundle, config: RunConfig, *, seconds: float = 3.0) -> Cost:
+def measure_cost(task: Task, bundle: DataBundle, config: RunConfig, *, seconds: float = 2.0) -> Cost:
     """Measure one model; takes about `seconds`, longer where single steps are long.
 
     Weights, buffers, gradients, modes and random states are afterwards as before, and the task on its old device.
@@ -138,7 +138,7 @@ def measure_cost(task: Task, bundle: DataBundle, config: RunConfig, *, seconds: 
     return measure_costs([(task, bundle, config)], seconds=seconds)[0]
 
 
-def measure_costs(entries: Sequence[tuple[Task, DataBundle, RunConfig]], *, seconds: float = 3.0) -> list[Cost]:
+def measure_costs(entries: Sequence[tuple[Task, DataBundle, RunConfig]], *, seconds: float = 2.0) -> list[Cost]:
     """Measure several models on equal terms: their timings are taken in turns. `seconds` is the time a model."""
     with _random_state_kept():
         meters: list[_Meter] = []

@@ -48,15 +48,21 @@ def write_report(app: App, run: Run, task: Task, bundle: DataBundle) -> Path:
     return run.report
 
 
-def main_metrics(task: Task | type[Task], figures: Mapping[str, Any], limit: int = 8) -> list[str]:
-    """Metrics that stand in tables: the primary first, then those the task gives a format, or the first `limit`."""
-    named = [name for name in task.metric_format if name in figures] or list(figures)[:limit]
-    return [task.primary, *(name for name in named if name != task.primary)]
+def main_metrics(task: Task | type[Task], figures: Mapping[str, Any], limit: int = 6) -> list[str]:
+    """Metrics that stand in tables: the primary, then the first that the task gives a format, or the first of all."""
+    named = [name for name in task.metric_format if name in figures] or list(figures)
+    return [task.primary, *(name for name in named if name != task.primary)][:limit]
 
 
 def metric_text(task: Task | type[Task], name: str, value: Any) -> str:
     """A metric as the task wants it shown: its `metric_format` is a format such as ".3f"."""
     return page.number(value, task.metric_format.get(name, "") if isinstance(value, float) else "")
+
+
+def sentence(text: str) -> str:
+    """`text` with a full stop."""
+    text = text.strip()
+    return text if not text or text[-1] in ".!?" else f"{text}."
 
 
 def sort_key(task: Task | type[Task], value: Any) -> tuple[bool, float]:
@@ -132,7 +138,7 @@ class _Report:
                 note="higher is better" if self.task.maximize else "lower is better",
             )
         ]
-        figures += [Figures(name=f"{m}, {self.split}", value=self._text(m, self.figures[m])) for m in self.metrics[1:3]]
+        figures += [Figures(name=f"{m}, {self.split}", value=self._text(m, self.figures[m])) for m in self.metrics[1:2]]
         if (seconds := self.results.get("train_seconds")) is not None:
             epochs = self.results.get("epochs")
             figures.append(
@@ -151,7 +157,7 @@ class _Report:
         return figures
 
     def _verdict(self) -> str:
-        """How the model stands against the best baseline and the best published figure."""
+        """How the model stands against the best baseline, and against its own published figure or else the best."""
         primary = self.task.primary
         own = self.figures.get(primary)
         if own is None or not math.isfinite(own):
@@ -161,6 +167,8 @@ class _Report:
             rows = [r for r in self.results.get(key) or [] if isinstance(r.get(primary), int | float)]
             if not rows:
                 continue
+            if key == "published" and (same := [r for r in rows if r.get("model") == self.results["model"]]):
+                rows, kind = same, "its published figure"
             best = min(rows, key=lambda r: sort_key(self.task, r[primary]))
             value = best[primary]
             if not value:
@@ -210,7 +218,7 @@ class _Report:
         return page.table(["model", "source", *metrics], moved, text_columns=(0, 1))
 
     def _protocol(self) -> str:
-        text = str(self.results.get("protocol") or self.bundle.protocol)
+        text = sentence(str(self.results.get("protocol") or self.bundle.protocol))
         note = "Published figures come from their papers; everything else was measured in this run."
         return " ".join(part for part in (text, note if self.results.get("published") else "") if part)
 
@@ -282,7 +290,7 @@ class _Report:
             )
         best = r.get("best") or {}
         if best.get("epoch") is not None:
-            parts.append(f"the weights are those of epoch {best['epoch']}")
+            parts.append(f"the weights are those of epoch {best['epoch'] + 1}")
         return ", ".join(parts) + "."
 
     def _attention(self) -> list[str]:

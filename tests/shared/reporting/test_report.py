@@ -83,6 +83,7 @@ def test_holds_what_was_measured(world: Any) -> None:
         "1.23 M",  # parameters
         "1 min 05 s",
         "14 steps in 2 epochs",
+        "the weights are those of epoch 2",  # epochs are counted from 0 in files, from 1 in words
         "best: 1.429",  # of validation, from metrics.csv
         "SYNTHETIC",
         "train 200, val 40, test 60",
