@@ -176,7 +176,7 @@ def test_each_break_fails_for_its_own_reason(variant):
     assert "have gradients" in detail("causal gradient")
     assert "4 padding tokens change the outputs of the real ones" in detail("padding")
     assert "inf under the mask changes the output" in detail("padding read")
-    assert "sample among others" in detail("batch")
+    assert "L=9, eval: a sample alone gives another output" in detail("batch")
     assert "train: the rest of the batch" in detail("batch in training")
     assert "a sample alone" in detail("batch of one")
     assert "gives float32" in detail("dtype")

@@ -23,7 +23,7 @@ def test_contract(name):
     ],
 )
 def test_contract_with_options(name, options):
-    check_mechanism(name, only=["shape", "lengths", "batch", "causal", "padding", "maps", "backends"], **options)
+    check_mechanism(name, only=["shape", "lengths", "batch", "causal", "padding", "maps", "decoding"], **options)
 
 
 def test_the_papers_selection_leaks_the_future():

@@ -107,8 +107,8 @@ class Subject:
         return call
 
     def lengths(self, *wanted: int) -> list[int]:
-        """The wanted lengths that the mechanism's definition allows."""
-        return [n for n in wanted if n >= self.info.min_length]
+        """The wanted lengths that the mechanism's definition allows; its smallest where it allows none of them."""
+        return [n for n in wanted if n >= self.info.min_length] or [self.info.min_length]
 
 
 def is_causal(pattern: Pattern) -> bool:
