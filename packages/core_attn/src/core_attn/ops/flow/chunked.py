@@ -16,7 +16,7 @@ class FlowState(NamedTuple):
     """What the causal form keeps of all tokens so far; its size does not depend on how many there were.
 
     Attributes:
-        count: (B, 1) number of tokens.
+        tokens: (B, 1) number of tokens.
         keys: (B, H, 1, D) sum of phi(k).
         queries: (B, H, 1, D) sum of phi(q).
         outflows: (B, H, 1, D) sum of phi(k) n / outgoing.
@@ -25,7 +25,7 @@ class FlowState(NamedTuple):
         values: (B, H, D, Dv) sum of phi(k)^T (competition * v).
     """
 
-    count: Tensor
+    tokens: Tensor
     keys: Tensor
     queries: Tensor
     outflows: Tensor
@@ -47,9 +47,15 @@ class FlowState(NamedTuple):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch, *shape, device=device, dtype=dtype)
 
-        sums = [zeros(heads, 1, width) for _ in range(4)]
-        nothing = torch.full((batch, heads, 1), float("-inf"), device=device, dtype=dtype)
-        return cls(zeros(1), *sums, nothing, zeros(heads, width, value_width))
+        return cls(
+            tokens=zeros(1),
+            keys=zeros(heads, 1, width),
+            queries=zeros(heads, 1, width),
+            outflows=zeros(heads, 1, width),
+            inflows=zeros(heads, 1, width),
+            competition=zeros(heads, 1) - float("inf"),
+            values=zeros(heads, width, value_width),
+        )
 
 
 def flow_attention_chunked(
@@ -91,7 +97,7 @@ def flow_attention_step(
     """The next tokens (B, H, T, D) of a causal sequence and the state after them."""
     out, after = _causal(q, k, v, state, clamp, eps, None)
     # Copies: views of the last token would keep the running sums of a whole prompt alive.
-    return out, FlowState(*(x.clone() for x in after))
+    return out, FlowState._make(x.clone() for x in after)
 
 
 def _causal(
@@ -99,7 +105,7 @@ def _causal(
 ) -> tuple[Tensor, FlowState]:
     phi_q, phi_k = _non_negative(q, mask), _non_negative(k, mask)
     tokens = phi_q.new_ones(q.shape[0], q.shape[2]) if mask is None else mask.to(phi_q.dtype)
-    count = tokens.cumsum(-1) + (0.0 if state is None else state.count)
+    count = tokens.cumsum(-1) + (0.0 if state is None else state.tokens)
     n = count.clamp(min=1)[:, None, :, None]
 
     keys = _running(phi_k, state and state.keys)
@@ -124,8 +130,16 @@ def _causal(
 
     mixed, values = _causal_product(phi_q, phi_k, v * competition, None if state is None else state.values)
     out = mixed * (torch.sigmoid(conserved_sink) / incoming)
-    last = [x[:, :, -1:] for x in (keys, queries, outflows, inflows)]
-    return out, FlowState(count[:, -1:], *last, total[:, :, -1:], values)
+    after = FlowState(
+        tokens=count[:, -1:],
+        keys=keys[:, :, -1:],
+        queries=queries[:, :, -1:],
+        outflows=outflows[:, :, -1:],
+        inflows=inflows[:, :, -1:],
+        competition=total[:, :, -1:],
+        values=values,
+    )
+    return out, after
 
 
 def _causal_product(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
