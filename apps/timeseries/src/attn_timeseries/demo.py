@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     config.trainer.progress = sys.stderr.isatty()
     card = APP.dataset(config.data)
     args = config.data_args
-    print(f"{card.title}: {card.size}, {card.facts['span']} ({card.source})")
+    print(f"{card.title}: {card.size}, {card.facts['span']}, from statsmodels.")
     print(f"Task: from {args.seq_len} weeks, forecast the next {args.pred_len}. Training {config.model} …", flush=True)
 
     from attn_shared import trainer
@@ -48,9 +48,8 @@ def main(argv: Sequence[str]) -> int:
     folder = trainer.train(APP, config)
     results = Run.open(folder).results()
     rows = [{"model": f"{config.model} (attention)", **results["splits"]["test"]}, *results["baselines"]]
-    print(
-        f"\n{results['splits']['test']['windows']:,.0f} test windows from the last fifth of the series, never trained on:"
-    )
+    windows = f"{results['splits']['test']['windows']:,.0f}"
+    print(f"\n{windows} test windows from the last fifth of the series, never trained on:")
     print(_table(rows))
 
     from attn_timeseries.data.sources import source_path
@@ -68,12 +67,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, best first."""
     rows = sorted(rows, key=lambda row: row["mse"])
     width = max(len(row["model"]) for row in rows)
-    lines = ["  " + "model".ljust(width) + "".join(title.rjust(12) for _, title, _ in _COLUMNS)]
-    for row in rows:
-        lines.append(
-            "  " + row["model"].ljust(width) + "".join(f"{row[key]:{form}}".rjust(12) for key, _, form in _COLUMNS)
-        )
-    return "\n".join(lines)
+    head = "  " + "model".ljust(width) + "".join(title.rjust(12) for _, title, _ in _COLUMNS)
+    body = [
+        "  " + row["model"].ljust(width) + "".join(f"{row[k]:{f}}".rjust(12) for k, _, f in _COLUMNS) for row in rows
+    ]
+    return "\n".join([head, *body])
 
 
 def _shown(path: Path) -> str:
