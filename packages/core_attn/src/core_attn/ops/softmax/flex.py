@@ -25,6 +25,8 @@ def why_not(request: Request) -> str | None:
         return "it has no backward on the CPU"
     if request.device == "cpu" and request.dtype is torch.float64:
         return "it has no float64 on the CPU"
+    if request.device == "cpu" and request.compiling:
+        return "on the CPU it compiles its own kernel, which cannot be part of a larger compiled graph"
     if request.device not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda, these tensors are on {request.device}"
     return None
@@ -53,6 +55,10 @@ def run(
     dropout: float,
 ) -> Tensor:
     """softmax(q kᵀ · scale + bias) v, arguments as `core_attn.ops.softmax_attention` hands them on."""
+    if q.device.type == "cpu":
+        # Without a backward it refuses tensors that could take a gradient even where none will be asked for.
+        q, k, v = q.detach(), k.detach(), v.detach()
+        bias = None if bias is None else bias.detach()
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
     left, right = window or (None, None)
     right = 0 if causal else right
@@ -81,14 +87,16 @@ def run(
     if limited:
         per_sample = batch if kept is not None or key_padding_mask is not None else None
         blocks = create_block_mask(may_read, per_sample, heads if kept is not None else None, queries, keys, q.device)
-    function: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled()
-    out: Tensor = function(
-        q,
-        k,
-        v,
-        score_mod=None if added is None else score,
-        block_mask=blocks,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    options = {
+        "score_mod": None if added is None else score,
+        "block_mask": blocks,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    if torch.compiler.is_compiling():
+        inner: Any = flex_attention
+        return inner(q, k, v, **options)
+    # Past its limit of shapes, torch.compile would run the uncompiled form, with all L x M scores, without a word.
+    with torch._dynamo.config.patch(recompile_limit=128, fail_on_recompile_limit_hit=True):
+        out: Tensor = _compiled()(q, k, v, **options)
     return out

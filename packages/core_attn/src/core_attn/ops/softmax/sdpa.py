@@ -28,7 +28,8 @@ def run(
     dropout: float,
 ) -> Tensor:
     """softmax(q kᵀ · scale + bias) v, arguments as `core_attn.ops.softmax_attention` hands them on."""
-    grouped = q.shape[1] != k.shape[1]
+    # A branch, as SDPA takes a bool only and the comparison of compiled sizes is none.
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     if q.numel() == 0 or k.numel() == 0:
         # Nothing to compute; the definition keeps every input in the graph, with zero gradients.
         return reference.run(
@@ -83,9 +84,10 @@ def pass_over(request: Request) -> str | None:
             return f"it would compute all keys of each query and mask all but {width}"
     if request.device != "cpu":
         return None
-    if request.causal and not request.compiling and size >= 2**20:
-        if request.mask or request.key_padding or queries != keys:
-            return "it would need a mask of L x M for causal attention with padding, a mask or L != M"
+    if request.causal and not request.compiling and size >= 2**20 and (request.mask or request.key_padding):
+        return "it would need the mask of L x M once a sample, for causal attention with padding or a mask"
+    if request.causal and not request.compiling and size >= 2**20 and queries != keys:
+        return "it would need a mask of L x M for causal attention with L != M"
     if request.bias and request.key_padding and size >= 2**12:
         return "it would need the bias of L x M once a sample, to add the padding"
     if request.bias_requires_grad and size >= 2**16:
