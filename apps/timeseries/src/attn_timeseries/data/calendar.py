@@ -18,9 +18,9 @@ _FEATURES: dict[str, Callable[[pd.DatetimeIndex], Any]] = {
     "second": lambda t: t.second / 59 - 0.5,
     "minute": lambda t: t.minute / 59 - 0.5,
     "hour": lambda t: t.hour / 23 - 0.5,
-    "day of week": lambda t: t.dayofweek / 6 - 0.5,
+    "day of week": lambda t: t.day_of_week / 6 - 0.5,
     "day of month": lambda t: (t.day - 1) / 30 - 0.5,
-    "day of year": lambda t: (t.dayofyear - 1) / 365 - 0.5,
+    "day of year": lambda t: (t.day_of_year - 1) / 365 - 0.5,
     "week of year": lambda t: (t.isocalendar().week.to_numpy() - 1) / 52 - 0.5,
     "month": lambda t: (t.month - 1) / 11 - 0.5,
 }

@@ -88,14 +88,16 @@ def sniff_delimiter(text: str, name: str) -> str:
     """The separator under which most of the first lines have as many fields as the header."""
     head = io.StringIO(text[: 1 << 16], newline="")
     lines = [line for _, line in zip(range(100), head) if line.strip()]
-    best, score = "", (0.0, 0)
+    best, score = "", (0.0, 0.0, 0)
     for delimiter in (",", ";", "\t", "|"):
         try:
             widths = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
         except csv.Error:
             continue
-        if widths[0] > 1:
-            candidate = (sum(w == widths[0] for w in widths) / len(widths), widths[0])
+        usual = max(set(widths), key=widths.count)
+        if usual > 1:
+            # Agreement with the header counts first; without any (a title above it), that among the lines.
+            candidate = (widths.count(widths[0]) / len(widths) if widths[0] > 1 else 0.0, widths.count(usual), usual)
             if candidate > score:
                 best, score = delimiter, candidate
     if not best:
@@ -217,7 +219,6 @@ def read_cells(
             na_values={name: [""] if name in text_columns else MISSING for name in keep},
             skipinitialspace=True,
             low_memory=False,
-            float_precision="round_trip",
         )
     except (pd.errors.ParserError, ValueError) as error:
         raise UserError(f"{path.name} cannot be read as CSV: {str(error).strip().splitlines()[0]}") from None
@@ -234,7 +235,7 @@ def read_cells(
         column = frame[name]
         if column.isna().all():
             frame = frame.drop(columns=name)
-        elif pd.api.types.is_integer_dtype(column) and (column.to_numpy() == np.arange(len(column))).all():
+        elif (pd.to_numeric(column, errors="coerce").to_numpy() == np.arange(len(column))).all():
             frame = frame.drop(columns=name)
             notes.append("a column without a name that only numbers the rows left out")
     return Cells(source=path.name, frame=frame, lines=lines, notes=notes)
