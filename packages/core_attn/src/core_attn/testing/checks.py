@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from core_attn import api
@@ -23,26 +23,33 @@ from core_attn.dispatch import BackendError
 from core_attn.maps import capture, edit
 from core_attn.naming import unknown
 from core_attn.testing import growth
+from core_attn.testing.harness import (
+    TOLERANCE,
+    Broken,
+    NotClaimed,
+    dense,
+    error_of,
+    keys_of,
+    layouts,
+    name_of,
+    padding_masks,
+    pairs,
+    seeded,
+    shape_of,
+    state_bytes,
+    tensor_names,
+    with_grad,
+    with_gradients,
+)
 from core_attn.testing.report import CheckFailedError, CheckReport, CheckResult, Outcome
 from core_attn.testing.subject import Subject, is_causal, is_cross, run
 
-# Largest difference allowed, relative to the largest value of the right answer. float64 is tight: an error of method
-# shows there. bfloat16 keeps 8 bits, of which a few roundings in a row cost two.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 LENGTHS = (1, 2, 3, 31, 63, 65, 129)
 BACKEND_LENGTHS = (65, 7, 1)
 # The longer ones where an L x L matrix is not declared: blocked forms show their order only well past one block.
 GROWTH_LENGTHS = {True: (256, 512, 1024, 2048), False: (512, 1024, 2048, 4096)}
 # How far the measured exponent may lie from the claimed order's: above it the claim is false; far below, too modest.
 GROWTH_ABOVE, GROWTH_BELOW = 0.15, 0.4
-
-
-class Broken(AssertionError):
-    """The contract is broken; the message says how."""
-
-
-class NotClaimed(Exception):
-    """The mechanism does not promise what the check is about."""
 
 
 def check_mechanism(
@@ -141,11 +148,11 @@ def check_shape(s: Subject) -> str:
             call = s.inputs(pattern, max(7, s.info.min_length), dtype=dtype)
             out = run(s.make(pattern, dtype), call)
             if out.shape != call["x"].shape:
-                raise Broken(f"{pattern}: x of shape {_shape(call['x'])} gives {_shape(out)}")
+                raise Broken(f"{pattern}: x of shape {shape_of(call['x'])} gives {shape_of(out)}")
             if out.dtype != dtype:
-                raise Broken(f"{pattern}: x of {_name(dtype)} gives {_name(out.dtype)}")
+                raise Broken(f"{pattern}: x of {name_of(dtype)} gives {name_of(out.dtype)}")
             if not out.isfinite().all():
-                raise Broken(f"{pattern}: not finite in {_name(dtype)}")
+                raise Broken(f"{pattern}: not finite in {name_of(dtype)}")
     return "float64, float32, bfloat16"
 
 
@@ -157,11 +164,11 @@ def check_lengths(s: Subject) -> str:
         for length in lengths:
             contexts = [length, length + 5, max(length - 2, s.info.min_length)] if is_cross(pattern) else [None]
             for context in contexts:
-                call = _with_grad(s.inputs(pattern, length, context=context))
+                call = with_grad(s.inputs(pattern, length, context=context))
                 where = f"{pattern}, L={length}" + (f", M={context}" if context else "")
                 out = run(mixer, call)
                 if out.shape != call["x"].shape:
-                    raise Broken(f"{where}: gives {_shape(out)}")
+                    raise Broken(f"{where}: gives {shape_of(out)}")
                 (gradient,) = torch.autograd.grad(out.square().sum(), call["x"])
                 if not out.isfinite().all() or not gradient.isfinite().all():
                     raise Broken(f"{where}: output or gradient is not finite")
@@ -172,14 +179,14 @@ def check_empty_batch(s: Subject) -> str:
     """A batch of no samples gives no outputs, and gradients."""
     length = max(5, s.info.min_length)
     for pattern in s.patterns:
-        call = _with_grad(s.inputs(pattern, length, batch=0))
+        call = with_grad(s.inputs(pattern, length, batch=0))
         mixer = s.make(pattern)
         out = run(mixer, call)
         if out.shape != (0, length, s.dim):
-            raise Broken(f"{pattern}: x of shape {_shape(call['x'])} gives {_shape(out)}")
+            raise Broken(f"{pattern}: x of shape {shape_of(call['x'])} gives {shape_of(out)}")
         out.sum().backward()
         if s.info.padding:
-            run(mixer, call, key_padding_mask=torch.ones(0, _keys(call).shape[1], dtype=torch.bool))
+            run(mixer, call, key_padding_mask=torch.ones(0, keys_of(call).shape[1], dtype=torch.bool))
     return "B = 0"
 
 
@@ -195,11 +202,11 @@ def check_precision(s: Subject) -> str:
             high.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in low.state_dict().items()})
             call = s.inputs(pattern, length, dtype=dtype)
             exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()}
-            error = _error(run(low, call).double(), run(high, exact))
+            error = error_of(run(low, call).double(), run(high, exact))
             worst[dtype] = max(worst[dtype], error)
             if error > TOLERANCE[dtype]:
-                raise Broken(f"{pattern}: {_name(dtype)} is off by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}")
-    return ", ".join(f"{_name(d)} {e:.0e}" for d, e in worst.items())
+                raise Broken(f"{pattern}: {name_of(dtype)} is off by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}")
+    return ", ".join(f"{name_of(d)} {e:.0e}" for d, e in worst.items())
 
 
 def check_backends(s: Subject) -> str:
@@ -214,30 +221,30 @@ def check_backends(s: Subject) -> str:
     longest = max(s.lengths(*BACKEND_LENGTHS))
     ran: dict[str, set[str]] = {n: set() for n in others}
     for pattern, length, dtype, training, padded in _backend_cases(s):
-        call = _with_grad(s.inputs(pattern, length, dtype=dtype))
-        more = {"key_padding_mask": _masks(_keys(call))} if padded else {}
-        right = _with_gradients(s.make(pattern, dtype, backend="reference").train(training), call, more)
+        call = with_grad(s.inputs(pattern, length, dtype=dtype))
+        more = {"key_padding_mask": padding_masks(keys_of(call))} if padded else {}
+        right = with_gradients(s.make(pattern, dtype, backend="reference").train(training), call, more)
         for name in others:
             easy = training or dtype is not torch.float32 or length != longest or padded != s.info.padding
             if "outputs" in ran[name] and easy:
                 continue  # a kernel without backward compiles anew, for seconds, at each kind of call
             model = s.make(pattern, dtype, backend=name).train(training)
             try:
-                got = _with_gradients(model, call, more)
+                got = with_gradients(model, call, more)
                 ran[name].add("all")
             except BackendError:
                 if dtype is not torch.float32:
                     continue
                 try:
                     with torch.no_grad():
-                        got = [_seeded(model, call, more)]
+                        got = [seeded(model, call, more)]
                     ran[name].add("outputs")
                 except BackendError:
                     continue
-            for what, (a, b) in zip(("output", "gradient"), _pairs(got, right)):
-                if (error := _error(a, b)) > TOLERANCE[dtype]:
+            for what, (a, b) in zip(("output", "gradient"), pairs(got, right)):
+                if (error := error_of(a, b)) > TOLERANCE[dtype]:
                     raise Broken(
-                        f"{name}, {pattern}, L={length}, {_name(dtype)}, {'train' if training else 'eval'}"
+                        f"{name}, {pattern}, L={length}, {name_of(dtype)}, {'train' if training else 'eval'}"
                         f"{', padded' if padded else ''}: {what} is off the reference by {error:.1e}, "
                         f"allowed {TOLERANCE[dtype]:.0e}"
                     )
@@ -263,7 +270,7 @@ def check_gradients(s: Subject) -> str:
         mixer, call, leaves, function = _functional(s, pattern)
         count += sum(t.numel() for t in leaves)
         if not torch.autograd.gradcheck(function, leaves, fast_mode=False, raise_exception=False):
-            numerical = _first_wrong(function, leaves, [*_tensors(call), *dict(mixer.named_parameters())])
+            numerical = _first_wrong(function, leaves, [*tensor_names(call), *dict(mixer.named_parameters())])
             raise Broken(f"{pattern}: the gradient of {numerical} is not that of finite differences")
     return f"{count} derivatives by finite differences"
 
@@ -274,7 +281,7 @@ def check_double_backward(s: Subject) -> str:
         raise NotClaimed("double_backward is not declared")
     for pattern in s.patterns:
         _, call, leaves, function = _functional(s, pattern)
-        inputs = leaves[: len(_tensors(call))]
+        inputs = leaves[: len(tensor_names(call))]
         fixed = leaves[len(inputs) :]
         if not torch.autograd.gradgradcheck(
             lambda *x, fixed=fixed, function=function: function(*x, *fixed), inputs, raise_exception=False
@@ -295,12 +302,12 @@ def check_batch(s: Subject) -> str:
             }
             together = run(mixer, three)[1:2]
             for what, got in (("alone", run(mixer, alone)), ("among others", run(mixer, other)[1:2])):
-                if (error := _error(got, together)) > TOLERANCE[torch.float64]:
+                if (error := error_of(got, together)) > TOLERANCE[torch.float64]:
                     raise Broken(f"{pattern}, L={length}, eval: a sample {what} gives another output, by {error:.1e}")
             if not s.info.batch_dependent_training:
                 trained = s.make(pattern).train()
-                a, b = _seeded(trained, three, {})[1:2], _seeded(trained, other, {})[1:2]
-                if (error := _error(b, a)) > TOLERANCE[torch.float64]:
+                a, b = seeded(trained, three, {})[1:2], seeded(trained, other, {})[1:2]
+                if (error := error_of(b, a)) > TOLERANCE[torch.float64]:
                     raise Broken(f"{pattern}, L={length}, train: the rest of the batch changes a sample by {error:.1e}")
     return "eval only; training depends on the batch" if s.info.batch_dependent_training else "eval and train"
 
@@ -310,19 +317,16 @@ def check_strides(s: Subject) -> str:
     for pattern in s.patterns:
         mixer = s.make(pattern)
         call = s.inputs(pattern, max(17, s.info.min_length), batch=3)
-        right = run(mixer, call)
-        for name, view in _views().items():
+        for name, view in layouts().items():
             strided = {k: view(v) if isinstance(v, Tensor) else v for k, v in call.items()}
-            before = {k: v.clone() for k, v in strided.items() if isinstance(v, Tensor)}
-            expected = right
-            if name == "expanded":
-                expected = run(mixer, {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in strided.items()})
-            if (error := _error(run(mixer, strided), expected)) > TOLERANCE[torch.float64]:
-                raise Broken(f"{pattern}: {name} input changes the output by {error:.1e}")
-            for key, value in before.items():
-                if not torch.equal(value, strided[key]):
+            plain = {k: dense(v) if isinstance(v, Tensor) else v for k, v in strided.items()}
+            got = run(mixer, strided)
+            for key in tensor_names(plain):
+                if not torch.equal(strided[key], plain[key]):
                     raise Broken(f"{pattern}: forward writes into its input {key}")
-    return ", ".join(_views())
+            if (error := error_of(got, run(mixer, plain))) > TOLERANCE[torch.float64]:
+                raise Broken(f"{pattern}: {name} input changes the output by {error:.1e}")
+    return ", ".join(layouts())
 
 
 def check_determinism(s: Subject) -> str:
@@ -336,11 +340,11 @@ def check_determinism(s: Subject) -> str:
         before = torch.get_rng_state()
         again = run(mixer, call)
         if not torch.equal(first, again):
-            raise Broken(f"{pattern}: two evaluations of the same input differ by {_error(again, first):.1e}")
+            raise Broken(f"{pattern}: two evaluations of the same input differ by {error_of(again, first):.1e}")
         if not torch.equal(before, torch.get_rng_state()):
             raise Broken(f"{pattern}: evaluation draws from the global random state")
         trained = mixer.train()
-        if not torch.equal(_seeded(trained, call, {}), _seeded(trained, call, {})):
+        if not torch.equal(seeded(trained, call, {}), seeded(trained, call, {})):
             raise Broken(f"{pattern}: training forwards of one seed differ")
         if s.info.stochastic:
             for mode in (False, True):
@@ -372,7 +376,7 @@ def check_inputs(s: Subject) -> str:
     for pattern in s.patterns:
         mixer = s.make(pattern)
         call = s.inputs(pattern, length)
-        keys = _keys(call)
+        keys = keys_of(call)
 
         def at(
             what: str, mixer: TokenMixer = mixer, call: dict[str, Any] = call, p: str = pattern, **more: Any
@@ -427,15 +431,15 @@ def check_causal(s: Subject) -> str:
         for length in s.lengths(9, 66):
             for training in (False, True):
                 mixer = s.make(pattern).train(training)
-                call = _with_grad(s.inputs(pattern, length))
+                call = with_grad(s.inputs(pattern, length))
                 read = "context" if is_cross(pattern) else "x"
                 ahead = call[read].shape[1] - length  # key j may be read by query i where j <= i + ahead
-                out = _seeded(mixer, call, {})
+                out = seeded(mixer, call, {})
                 for cut in sorted({1, length // 2, length - 1}):
                     future = call[read].detach().clone()
                     future[:, cut + ahead :] = 10 * s.inputs(pattern, length, seed=7)[read][:, cut + ahead :]
-                    changed = _seeded(mixer, {**call, read: future}, {})[:, :cut]
-                    leak = _error(changed, out[:, :cut])
+                    changed = seeded(mixer, {**call, read: future}, {})[:, :cut]
+                    leak = error_of(changed, out[:, :cut])
                     (gradient,) = torch.autograd.grad(out[:, :cut].square().sum(), call[read], retain_graph=True)
                     back = gradient[:, cut + ahead :].abs().max().item() / (gradient.abs().max().item() or 1.0)
                     worst = max(worst, leak, back)
@@ -455,34 +459,34 @@ def check_padding(s: Subject) -> str:
         mixer = s.make(pattern)
         call = s.inputs(pattern, max(11, s.info.min_length + 4), batch=3)
         read = "context" if is_cross(pattern) else "x"
-        full = torch.ones(_keys(call).shape[:2], dtype=torch.bool)
-        if (error := _error(run(mixer, call, key_padding_mask=full), run(mixer, call))) > TOLERANCE[torch.float64]:
+        full = torch.ones(keys_of(call).shape[:2], dtype=torch.bool)
+        if (error := error_of(run(mixer, call, key_padding_mask=full), run(mixer, call))) > TOLERANCE[torch.float64]:
             raise Broken(f"{pattern}: a mask that is True everywhere changes the output by {error:.1e}")
-        mask = _masks(_keys(call))
+        mask = padding_masks(keys_of(call))
         more = {"key_padding_mask": mask}
-        right = _with_gradients(mixer, _with_grad(call), more)
+        right = with_gradients(mixer, with_grad(call), more)
         for name, value in (("random values", None), ("1e6", 1e6), ("inf", float("inf")), ("NaN", float("nan"))):
             under = torch.randn_like(call[read]) if value is None else torch.full_like(call[read], value)
-            dirty = _with_grad({**call, read: torch.where(mask[..., None], call[read], under)})
-            got = _with_gradients(mixer, dirty, more)
-            for what, (a, b) in zip(("the output", "a gradient"), _pairs(got, right)):
-                if (error := _error(a, b)) > TOLERANCE[torch.float64]:
+            dirty = with_grad({**call, read: torch.where(mask[..., None], call[read], under)})
+            got = with_gradients(mixer, dirty, more)
+            for what, (a, b) in zip(("the output", "a gradient"), pairs(got, right)):
+                if (error := error_of(a, b)) > TOLERANCE[torch.float64]:
                     raise Broken(f"{pattern}: {name} under the mask changes {what} by {error:.1e}")
-            gradient = got[1 + _tensors(call).index(read)]
+            gradient = got[1 + tensor_names(call).index(read)]
             if gradient.masked_select(~mask[..., None]).count_nonzero():
                 raise Broken(f"{pattern}: {name} under the mask has a gradient")
         # Padding in front of a causal context, behind anything else, so that taking it away moves no token.
-        length, gone = _keys(call).shape[1], 4
+        length, gone = keys_of(call).shape[1], 4
         kept = slice(gone, None) if pattern is Pattern.CAUSAL_CROSS else slice(0, length - gone)
         some = torch.zeros_like(mask)
         some[:, kept] = True
         padded = run(mixer, call, key_padding_mask=some)
         short = {**call, read: call[read][:, kept]}
-        if (error := _error(padded[:, : short["x"].shape[1]], run(mixer, short))) > TOLERANCE[torch.float64]:
+        if (error := error_of(padded[:, : short["x"].shape[1]], run(mixer, short))) > TOLERANCE[torch.float64]:
             raise Broken(f"{pattern}: {gone} padding tokens change the outputs of the real ones by {error:.1e}")
         none = mask.clone()
         none[0] = False
-        got = _with_gradients(mixer, _with_grad(call), {"key_padding_mask": none})
+        got = with_gradients(mixer, with_grad(call), {"key_padding_mask": none})
         if not all(t.isfinite().all() for t in got):
             raise Broken(f"{pattern}: a sample without any real token gives outputs or gradients that are not finite")
     return "random values, 1e6, inf and NaN under the mask; with padding = without; a sample that is all padding"
@@ -512,8 +516,8 @@ def check_decoding(s: Subject) -> str:
             for piece in call["x"].split(chunks, dim=1):
                 out, state = mixer.step(piece, state)
                 outs.append(out)
-                grown.append(_state_bytes(state))
-        if (error := _error(torch.cat(outs, dim=1), right)) > TOLERANCE[torch.float64]:
+                grown.append(state_bytes(state))
+        if (error := error_of(torch.cat(outs, dim=1), right)) > TOLERANCE[torch.float64]:
             raise Broken(f"{name}: decoding differs from the parallel form by {error:.1e}")
         if name == "token by token":
             held = grown
@@ -532,22 +536,22 @@ def check_maps(s: Subject) -> str:
     for pattern in s.patterns:
         mixer = s.make(pattern)
         call = s.inputs(pattern, max(13, s.info.min_length))
-        queries, keys = call["x"].shape[1], _keys(call).shape[1]
-        for mask in [None, _masks(_keys(call))] if s.info.padding else [None]:
+        queries, keys = call["x"].shape[1], keys_of(call).shape[1]
+        for mask in [None, padding_masks(keys_of(call))] if s.info.padding else [None]:
             more = {} if mask is None else {"key_padding_mask": mask}
             for training in (False, True):
                 mixer.train(training)
-                plain = _seeded(mixer, call, more)
+                plain = seeded(mixer, call, more)
                 with capture(mixer) as maps:
-                    read = _seeded(mixer, call, more)
+                    read = seeded(mixer, call, more)
                 if not torch.equal(plain, read):
-                    raise Broken(f"{pattern}: reading the map changes the output by {_error(read, plain):.1e}")
+                    raise Broken(f"{pattern}: reading the map changes the output by {error_of(read, plain):.1e}")
                 weights = maps[""]
                 if weights.dim() != 4 or weights.shape[0] != 2 or weights.shape[2:] != (queries, keys):
-                    raise Broken(f"{pattern}: the map has shape {_shape(weights)}, not (2, H, {queries}, {keys})")
+                    raise Broken(f"{pattern}: the map has shape {shape_of(weights)}, not (2, H, {queries}, {keys})")
                 with edit(mixer, lambda name, a: a):
-                    through = _seeded(mixer, call, more)
-                if not training and (error := _error(through, plain)) > TOLERANCE[torch.float64]:
+                    through = seeded(mixer, call, more)
+                if not training and (error := error_of(through, plain)) > TOLERANCE[torch.float64]:
                     raise Broken(f"{pattern}: map @ v differs from the output by {error:.1e}")
             if is_causal(pattern):
                 future = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
@@ -563,7 +567,7 @@ def check_maps(s: Subject) -> str:
             except ValueError:  # no scores: edit says so
                 continue
             scores = True
-            if (error := _error(through, plain)) > TOLERANCE[torch.float64]:
+            if (error := error_of(through, plain)) > TOLERANCE[torch.float64]:
                 raise Broken(f"{pattern}: softmax(scores) @ v differs from the output by {error:.1e}")
     return "weights and scores" if scores else "weights"
 
@@ -573,18 +577,18 @@ def check_compile(s: Subject) -> str:
     if not s.info.compiles:
         raise NotClaimed("compiles is not declared")
     pattern = s.patterns[0]
-    call = _with_grad(s.inputs(pattern, max(9, s.info.min_length)))
+    call = with_grad(s.inputs(pattern, max(9, s.info.min_length)))
     cases: list[dict[str, Any]] = [{}]
     if s.info.padding:
-        cases.append({"key_padding_mask": _masks(_keys(call))})
+        cases.append({"key_padding_mask": padding_masks(keys_of(call))})
     for more in cases:
         mixer = s.make(pattern)
-        right = _with_gradients(mixer, call, more)
+        right = with_gradients(mixer, call, more)
         torch.compiler.reset()
         # The graph and its gradient are what is tested here; which compiler then makes code of it is not.
         compiled: Any = torch.compile(mixer, backend="aot_eager", fullgraph=True, dynamic=False)
-        for a, b in zip(_with_gradients(compiled, call, more), right):
-            if (error := _error(a, b)) > TOLERANCE[torch.float64]:
+        for a, b in zip(with_gradients(compiled, call, more), right):
+            if (error := error_of(a, b)) > TOLERANCE[torch.float64]:
                 raise Broken(f"{pattern}: the compiled form differs by {error:.1e}")
     torch.compiler.reset()
     return f"{pattern}, one graph" + (", with and without padding" if s.info.padding else "")
@@ -603,7 +607,7 @@ def check_export(s: Subject) -> str:
         other = s.inputs(pattern, x.shape[1], seed=9)
         got = program.module()(other.pop("x"), **other)
         right = run(mixer, s.inputs(pattern, x.shape[1], seed=9))
-    if (error := _error(got, right)) > TOLERANCE[torch.float64]:
+    if (error := error_of(got, right)) > TOLERANCE[torch.float64]:
         raise Broken(f"{pattern}: the exported program differs by {error:.1e}")
     return str(pattern)
 
@@ -679,7 +683,7 @@ def _counted(s: Subject, pattern: Pattern) -> list[growth.Count]:
         for length in _growth_lengths(s):
             call = s.inputs(pattern, length, batch=1, context=length, dim=mixer.dim, dtype=torch.float32)
             torch.manual_seed(0)
-            kept[pattern].append(growth.count(partial(_train_step, mixer, _with_grad(call))))
+            kept[pattern].append(growth.count(partial(_train_step, mixer, with_grad(call))))
     return kept[pattern]
 
 
@@ -692,51 +696,13 @@ def _small(s: Subject, dim: int) -> dict[str, Any]:
     return {"dim": dim} if s.takes("dim") and "dim" not in s.options_given else {}
 
 
-def _error(got: Tensor, right: Tensor) -> float:
-    """Largest difference, relative to the largest value of `right`; infinite where one is not finite."""
-    if got.shape != right.shape:
-        raise Broken(f"shapes differ: {_shape(got)} and {_shape(right)}")
-    if got.numel() == 0:
-        return 0.0
-    got, right = got.detach().double(), right.detach().double()
-    if not got.isfinite().all() or not right.isfinite().all():
-        return float("inf")
-    # Below this size the right answer is zero up to rounding, and a relative error would compare rounding errors.
-    return ((got - right).abs().max() / right.abs().max().clamp(min=1e-6)).item()
-
-
-def _with_grad(call: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in call.items()}
-
-
-def _seeded(mixer: nn.Module, call: dict[str, Any], more: dict[str, Any]) -> Tensor:
-    torch.manual_seed(3)
-    return run(mixer, call, **more)  # type: ignore[arg-type]
-
-
-def _with_gradients(mixer: nn.Module, call: dict[str, Any], more: dict[str, Any]) -> list[Tensor]:
-    """Output, then the gradients of a fixed scalar of it for the inputs and the parameters."""
-    out = _seeded(mixer, call, more)
-    leaves = [call[k] for k in _tensors(call)] + [*mixer.parameters()]
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    gradients = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
-    return [out.detach(), *[torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients)]]
-
-
-def _pairs(got: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(output, output), then all gradients as one pair, so that a tiny gradient is measured beside its siblings."""
-    yield got[0], right[0]
-    if len(got) > 1:
-        yield torch.cat([t.flatten() for t in got[1:]]), torch.cat([t.flatten() for t in right[1:]])
-
-
 def _functional(
     s: Subject, pattern: Pattern
 ) -> tuple[TokenMixer, dict[str, Any], tuple[Tensor, ...], Callable[..., Any]]:
     """A tiny instance as a function of its inputs and parameters, for finite differences."""
     mixer = s.make(pattern, **_small(s, 4))
-    call = _with_grad(s.inputs(pattern, max(5, s.info.min_length), batch=2, dim=mixer.dim))
-    names = _tensors(call)
+    call = with_grad(s.inputs(pattern, max(5, s.info.min_length), batch=2, dim=mixer.dim))
+    names = tensor_names(call)
     parameters = dict(mixer.named_parameters())
     leaves = (*[call[k] for k in names], *[p.detach().clone().requires_grad_() for p in parameters.values()])
 
@@ -756,62 +722,3 @@ def _first_wrong(function: Callable[..., Any], leaves: tuple[Tensor, ...], names
         if not torch.autograd.gradcheck(function, one, raise_exception=False):
             return name
     return "several inputs together"
-
-
-def _tensors(call: dict[str, Any]) -> list[str]:
-    return [k for k, v in call.items() if isinstance(v, Tensor)]
-
-
-def _keys(call: dict[str, Any]) -> Tensor:
-    keys: Tensor = call.get("context", call["x"])
-    return keys
-
-
-def _masks(keys: Tensor) -> Tensor:
-    """One sample padded at the end, one with holes and padding at the start, the rest whole; never all padding."""
-    mask = torch.ones(keys.shape[:2], dtype=torch.bool)
-    length = keys.shape[1]
-    if length > 1:
-        mask[0, length - length // 3 - 1 :] = False
-        mask[1, : length // 4] = False
-        mask[1, length // 2] = False
-        mask[1, -1] = True
-    return mask
-
-
-def _views() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ways to lay out a (B, L, C) tensor otherwise; all but "expanded" hold the same values."""
-    return {
-        "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-        "channels first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-        "every second channel": lambda t: torch.stack([t, t + 1], dim=-1).flatten(-2)[..., ::2],
-        "expanded": lambda t: t[:1].expand(t.shape),
-    }
-
-
-def _state_bytes(state: Any) -> int:
-    """Bytes of all tensors that a decoding state holds."""
-    seen: set[int] = set()
-
-    def walk(value: Any) -> int:
-        if id(value) in seen:
-            return 0
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, dict):
-            return sum(map(walk, value.values()))
-        if isinstance(value, list | tuple | set):
-            return sum(map(walk, value))
-        slots = [getattr(value, n) for n in getattr(type(value), "__slots__", ()) if hasattr(value, n)]
-        return sum(map(walk, [*getattr(value, "__dict__", {}).values(), *slots]))
-
-    return walk(state)
-
-
-def _shape(t: Tensor) -> str:
-    return str(tuple(t.shape))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
