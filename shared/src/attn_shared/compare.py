@@ -40,8 +40,8 @@ _MARKERS = "osD^vPX"
 _COST_HEADS = {
     "parameters": "parameters",
     "flops": "FLOPs",
-    "train_samples_per_s": "train, samples/s",
-    "eval_samples_per_s": "eval, samples/s",
+    "train_samples_per_s": "train, 1/s",
+    "eval_samples_per_s": "eval, 1/s",
     "latency_ms": "latency, ms",
     "peak_memory_mb": "memory, MiB",
 }
@@ -371,7 +371,7 @@ class _Table:
         self.split = split_of(results) if results else "test"
         self.protocol = str(results["protocol"]) if results else ""
         figures = results["splits"][self.split] if results else {}
-        self.metrics = main_metrics(task, figures, limit=4) if results else [task.primary]
+        self.metrics = main_metrics(task, figures, limit=3) if results else [task.primary]
         self.all_metrics = list(dict.fromkeys([*self.metrics, *figures]))
         self.seeds = len({c.config.seed for c in cells})
         self.machine = machine()
@@ -403,7 +403,7 @@ class _Table:
         return {"model": line.model, "failed": line.model}.get(line.kind, f"{line.model} ({line.kind})")
 
     def head(self) -> list[str]:
-        return ["model", "attention", *self.metrics, *_COST_HEADS.values()]
+        return ["model", "attention / source", *self.metrics, *_COST_HEADS.values()]
 
     def _row(self, line: Line) -> list[str]:
         if line.kind == "failed":
@@ -439,8 +439,8 @@ class _Table:
         if any(line.cost for line in self.lines):
             cost = next(line.cost for line in self.lines if line.cost)
             said.append(
-                f"Costs were measured in turns on one machine, {cost.device}, threads: {cost.threads}, batches of "
-                f"{cost.batch_size} (training) and {cost.eval_batch_size} (evaluation)."
+                f"Costs were measured in turns on one machine, {cost.device}, threads: {cost.threads}; training and "
+                f"evaluation in samples a second, batches of {cost.batch_size} and {cost.eval_batch_size}."
             )
         if any(line.kind == "published" for line in self.lines):
             said.append("Published figures come from their papers.")

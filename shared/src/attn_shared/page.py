@@ -45,6 +45,7 @@ font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:.7rem;background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.45rem .8rem;text-align:left;white-space:nowrap;border-top:1px solid var(--line)}
+.broad table{font-size:.84rem}.broad th,.broad td{padding:.4rem .55rem}
 thead th{border-top:0;color:var(--soft);font-weight:600;font-size:.82rem}
 .n{text-align:right}td.long{white-space:normal;min-width:14rem}
 tr.mark td{background:var(--mark);font-weight:650}tr.mark td:first-child{box-shadow:inset 4px 0 var(--accent)}

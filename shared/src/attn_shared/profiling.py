@@ -148,7 +148,7 @@ def measure_costs(entries: Sequence[tuple[Task, DataBundle, RunConfig]], *, seco
                 meters[-1].measure_work()
             started = time.perf_counter()
             rounds = 0
-            while rounds < 3 or (rounds < 30 and time.perf_counter() - started < seconds * len(meters)):
+            while rounds < 5 or (rounds < 30 and time.perf_counter() - started < seconds * len(meters)):
                 for meter in meters:
                     meter.measure_times()
                 rounds += 1
