@@ -52,7 +52,7 @@ def softmax_attention(
         bias: floating point, broadcastable to (B, H, L, M), added to the scaled scores; differentiable.
         key_padding_mask: (B, M) bool, True = real token. Keys and values under False never matter, NaN there included.
         window: w reads the keys nearer than w positions (itself and w - 1 on each side, with `causal` w - 1 before);
-            (left, right) reads that many keys on each side besides itself, None = all.
+            (left, right) reads that many keys on each side besides itself, None = all. Padding counts as positions.
         scale: factor of the scores; 1/√D by default.
         dropout: probability in [0, 1) with which each weight is dropped, the others growing by 1 / (1 - dropout).
         backend: "auto", "flash_attn", "sdpa", "torch" (blocked, memory linear in L and M), "flex" or "reference".
