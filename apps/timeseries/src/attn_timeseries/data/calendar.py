@@ -42,7 +42,7 @@ _SEASONS = {"Y": 1, "Q": 4, "M": 12, "W": 52, "B": 5}
 
 def unit(frequency: str) -> str:
     """The unit of a pandas frequency: s, min, h, D, B, W, M, Q or Y; steps below a second count as seconds."""
-    name = pd.tseries.frequencies.to_offset(frequency).name.split("-")[0]
+    name = pd.tseries.frequencies.to_offset(frequency).rule_code.split("-")[0]
     for key, aliases in {"Y": ("YS", "YE", "BYS", "BYE"), "Q": ("QS", "QE", "BQS", "BQE")}.items():
         if name in aliases:
             return key
@@ -77,7 +77,7 @@ def season_of(frequency: str) -> int:
         return season if season and not rest else 1
     if kind == "D":
         return {1: 7, 7: 52}.get(multiple, 1)
-    name = pd.tseries.frequencies.to_offset(frequency).name
+    name = pd.tseries.frequencies.to_offset(frequency).rule_code
     if name in ("ms", "us", "ns"):
         return 1
     seconds = multiple * _SECONDS[kind]
