@@ -56,6 +56,8 @@ class MechanismInfo:
         maps: attention maps can be read with `core_attn.capture`.
         stochastic: draws random numbers in eval mode; then forward takes `generator=`, and None means a fixed seed.
         batch_dependent_training: in train mode a sample's output depends on the rest of the batch.
+        selects: chooses what is read by rank (top-k); where rounding swaps two choices of nearly equal rank, the output
+            jumps. Then bfloat16 is compared by the median row, float32 and float64 in full as ever.
         compiles: works under torch.compile and torch.export.
         double_backward: gradients of gradients are defined.
         min_length: the smallest L the definition makes sense for.
@@ -76,6 +78,7 @@ class MechanismInfo:
     maps: bool = False
     stochastic: bool = False
     batch_dependent_training: bool = False
+    selects: bool = False
     compiles: bool = True
     double_backward: bool = True
     min_length: int = 1

@@ -25,6 +25,7 @@ from core_attn.registry import register
     time=Growth.LOGLINEAR,
     memory=Growth.LOGLINEAR,
     maps=True,
+    selects=True,
     batch_dependent_training=True,
 )
 class AutoCorrelation(MultiHeadMixer):

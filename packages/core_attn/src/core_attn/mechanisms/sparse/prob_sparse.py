@@ -28,6 +28,7 @@ from core_attn.registry import register
     time=Growth.LOGLINEAR,
     memory=Growth.LOGLINEAR,
     maps=True,
+    selects=True,
     stochastic=True,
 )
 class ProbSparseAttention(MultiHeadMixer):
