@@ -42,28 +42,37 @@ def _measure(q: Tensor, k: Tensor, index: Tensor, prefix: bool) -> Tensor:
     """M(q_i) = max - sum / L_K over the sampled keys: (B, H, L)."""
     if q.dtype in (torch.float16, torch.bfloat16):
         q, k = q.float(), k.float()
-    (batch, heads, length, width), keys, samples = q.shape, k.shape[2], index.shape[1]
-    if keys <= _DENSE_KEYS_PER_SAMPLE * samples or batch * heads == 0:
-        places = (index + keys * torch.arange(length, device=q.device).unsqueeze(-1)).flatten()
-        scores = (q @ k.transpose(-2, -1)).reshape(batch * heads, length * keys).index_select(1, places)
-        scores = scores.view(batch, heads, length, samples)
-    else:
-        # Row products by index, without the (L, U, D) copy of the keys: embedding_bag's gradient for its weights.
-        bags = torch.arange(length, device=q.device)
-        args = index.flatten(), bags * samples, bags.repeat_interleave(samples), 0
-        products = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        pairs = zip(
-            q.reshape(-1, length, width).contiguous().unbind(), k.reshape(-1, keys, width).contiguous().unbind()
+    keys = k.shape[2]
+    few = keys <= _DENSE_KEYS_PER_SAMPLE * index.shape[1] or q.numel() == 0
+    most, total = (_by_all_products if few else _by_sampled_products)(q, k, index)
+    return most - total / key_counts(q.shape[2], keys, index, prefix=prefix)
+
+
+def _by_all_products(q: Tensor, k: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest and sum of the sampled products, picked from all of them: (B, H, L) each."""
+    (batch, heads, length), keys = q.shape[:3], k.shape[2]
+    places = (index + keys * torch.arange(length, device=q.device).unsqueeze(-1)).flatten()
+    scores = (q @ k.transpose(-2, -1)).reshape(batch * heads, length * keys).index_select(1, places)
+    scores = scores.view(batch, heads, *index.shape)
+    return scores.amax(-1), scores.sum(-1)
+
+
+def _by_sampled_products(q: Tensor, k: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the sampled products alone, without the (L, U, D) copy of the keys that gathering them makes."""
+    length, samples = index.shape
+    bags = torch.arange(length, device=q.device)
+    places = index.flatten(), bags * samples, bags.repeat_interleave(samples), 0
+    most, total = [], []
+    # Head by head: the indices would otherwise be repeated for each.
+    for queries, keys in zip(q.reshape(-1, *q.shape[2:]), k.reshape(-1, *k.shape[2:]), strict=True):
+        # Products of rows by index are what embedding_bag computes for the gradient of its weights.
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            queries.contiguous(), keys.contiguous(), *places
         )
-        # Head by head: the indices would otherwise be repeated for each.
-        found = [_max_and_sum(products(q_head, k_head, *args).view(length, samples)) for q_head, k_head in pairs]
-        most, total = torch.stack(found).view(batch, heads, 2, length).unbind(2)
-        return most - total / key_counts(length, keys, index, prefix=prefix)
-    return scores.amax(-1) - scores.sum(-1) / key_counts(length, keys, index, prefix=prefix)
-
-
-def _max_and_sum(scores: Tensor) -> Tensor:
-    return torch.stack([scores.amax(-1), scores.sum(-1)])
+        scores = products.view(length, samples)
+        most.append(scores.amax(-1))
+        total.append(scores.sum(-1))
+    return torch.stack(most).view(q.shape[:3]), torch.stack(total).view(q.shape[:3])
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, measure: Tensor, count: int, scale: float) -> Tensor:
