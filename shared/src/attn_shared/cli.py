@@ -131,10 +131,15 @@ def _resume(app: App, parsed: Parsed) -> int:
 
 
 def _work(app: App, config: RunConfig, resume: Path | None) -> int:
+    if config.trainer.devices > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's hints; must stand before torch is imported
     from attn_shared import trainer
 
+    first = not int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
     try:
-        print(trainer.train(app, config, resume=resume))
+        folder = trainer.train(app, config, resume=resume)
+        if first:
+            print(folder)
         return 0
     except trainer.Interrupted as stop:
         if stop.run is not None:
@@ -218,7 +223,10 @@ def _run_help(app: App, argv: Sequence[str], command: str, text: str, extra: Seq
 def _entry(option: Option) -> tuple[str, str]:
     kind = options.type_name(option.type)
     default = "" if option.default is None or option.default == "" else f" (default: {_show(option.default)})"
-    return f"{option.name} {option.metavar or kind}", f"{option.help}{default}".strip()
+    return (
+        f"{option.name} {option.metavar or kind}",
+        f"{option.help.rstrip('.') if default else option.help}{default}".strip(),
+    )
 
 
 def _show(value: Any) -> str:

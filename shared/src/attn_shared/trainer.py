@@ -472,7 +472,7 @@ def train(app: App, config: RunConfig, *, resume: Path | None = None) -> Path:
         task = build_task(app, config, bundle.state)
         if state is not None:
             checkpoints.load_weights(task, state, folder)
-        engine = _Engine(app, config, task, bundle, state)
+        engine = _Engine(app, config, task, bundle, state, world)
         engine.open_run(checkpoints.run_of(resume) if resume is not None else None)
         engine.fit()
         return engine.finish()
@@ -532,7 +532,9 @@ def _quiet() -> Iterator[None]:
 class _Engine(lightning.Callback):
     """One training: the callback that keeps `Progress`, metrics.csv, checkpoints and the limits."""
 
-    def __init__(self, app: App, config: RunConfig, task: Task, bundle: DataBundle, state: Checkpoint | None) -> None:
+    def __init__(
+        self, app: App, config: RunConfig, task: Task, bundle: DataBundle, state: Checkpoint | None, world: int = 1
+    ) -> None:
         self.app, self.config, self.task, self.bundle = app, config, task, bundle
         self.trainable = app.model(config.model).trainable and any(p.requires_grad for p in task.parameters())
         self.run: Run | None = None
@@ -542,14 +544,17 @@ class _Engine(lightning.Callback):
         if state is not None:
             self._take(state)
         cfg = config.trainer
-        nodes = max(1, int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        several = cfg.devices > 1 or nodes > 1
+        several = world > 1
         try:
             self.trainer = lightning.Trainer(
-                barebones=True,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
                 accelerator="cpu" if not several and cfg.accelerator == "auto" and not _gpu() else cfg.accelerator,
                 devices=cfg.devices,
-                num_nodes=nodes,
+                num_nodes=world // cfg.devices,
                 # Networks with parts that some batches leave out are common; without this DDP stops at the second step.
                 strategy=DDPStrategy(find_unused_parameters=True) if several else "auto",
                 precision=cfg.precision,

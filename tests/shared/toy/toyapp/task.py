@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
 from attn_shared import checkpoint
 from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
 from attn_shared.task import DataBundle, Picture, Task
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 
 class Points(Dataset[Any]):
@@ -90,7 +91,7 @@ class ToyTask(Task):
         if config.data.endswith(".csv"):
             rows = [list(map(float, line.split(","))) for line in Path(config.data).read_text().splitlines()]
             table = torch.tensor(rows)
-            parts = {split: (table[:, :4], table[:, 4:5]) for split in sizes}
+            parts = dict.fromkeys(sizes, (table[:, :4], table[:, 4:5]))
         else:
             parts = {s: draw(n, config.data_args.noise, seed) for seed, (s, n) in enumerate(sizes.items())}
         if state is None:
@@ -145,7 +146,9 @@ class ToyTask(Task):
     @classmethod
     def baselines(cls, config: RunConfig, bundle: DataBundle) -> list[dict[str, Any]]:
         assert isinstance(bundle.test, Points)
-        return [{"model": "mean", "mse": float(bundle.test.y.square().mean()), "mae": float(bundle.test.y.abs().mean())}]
+        return [
+            {"model": "mean", "mse": float(bundle.test.y.square().mean()), "mae": float(bundle.test.y.abs().mean())}
+        ]
 
     def pictures(self, bundle: DataBundle) -> Iterable[Picture]:
         return ()
