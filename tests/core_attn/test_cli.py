@@ -74,6 +74,8 @@ def test_check(capsys, tmp_path, monkeypatch):
         (["describe"], "required: name"),
         (["check", "flow", "--only", "casual"], "unknown check 'casual'; did you mean 'causal'?"),
         (["check", "flow", "--option", "clamp"], "an option is KEY=VALUE, got 'clamp'"),
+        (["check", "flow", "--option", "clmp=1"], "unknown option of the mechanism 'clmp'; did you mean 'clamp'?"),
+        (["check", "flow", "--option", "heads=many"], "cannot be made with the options"),
         (["check", "nowhere.py:Thing"], "there is no file nowhere.py"),
         (["explain", "flow"], "required: --length"),
         (["explain", "flow", "--length", "many"], "invalid int value: 'many'"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from core_attn import registry
 from core_attn.api import parameters
 from core_attn.contract import MechanismInfo, Pattern, TokenMixer
+from core_attn.naming import unknown
 
 
 class Subject:
@@ -45,8 +46,14 @@ class Subject:
             taken = {p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
             self._takes_all = any(p.kind is p.VAR_KEYWORD for p in given)
         self._taken = taken
-        with torch.random.fork_rng(devices=[]):
-            instance = self._call_factory({})
+        for option in options:
+            if not self.takes(option):
+                raise unknown("option of the mechanism", option, taken)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                instance = self._call_factory({})
+        except TypeError as error:
+            raise ValueError(f"the mechanism cannot be made with the options {self.options}: {error}") from error
         if not isinstance(instance, TokenMixer):
             raise ValueError(f"check_mechanism takes token mixers, this made a {type(instance).__name__}")
         if getattr(type(instance), "info", None) is None:
