@@ -110,7 +110,7 @@ REFUSALS = {
     "unknown model": (config(model="gone"), "unknown model 'gone'"),
     "unknown option": (config(model_args={"depth": 3}), "unknown key model_args.depth"),
     "wrong type": (config(model_args={"width": "wide"}), "--model_args.width takes int"),
-    "impossible": (config(model_args={"width": 0}), "does not describe a model that can be built"),
+    "impossible": (config(model_args={"width": 0}), "width must be positive"),
 }
 
 

@@ -88,7 +88,7 @@ def test_a_lone_checkpoint_starts_a_new_run(toy, toy_run):
     config = trainer.resume_config(toy.app, Path("alone"), {"trainer.max_epochs": 4})
     config.runs = str(toy.folder / "runs")
     run = Run.open(trainer.train(toy.app, config, resume=Path("alone")))
-    assert [row["step"] for row in run.read_metrics()][0] == 28
+    assert run.read_metrics()[0]["step"] == 28
     assert run.results()["epochs"] == 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_sampler():
     assert list(TrainSampler(70, 16, seed=3, epoch=2, start=2)) == whole[2:]
     assert list(TrainSampler(70, 16, seed=3, epoch=3)) != whole
     shares = [list(TrainSampler(70, 16, seed=3, epoch=2, rank=rank, world=4)) for rank in range(4)]
-    assert [sorted(sum(parts, [])) for parts in zip(*shares)] == [sorted(batch) for batch in whole]
+    assert [sorted(chain(*parts)) for parts in zip(*shares)] == [sorted(batch) for batch in whole]
     assert [len(batch) for batch in TrainSampler(5, 16, seed=0, epoch=0)] == [5]
     with pytest.raises(ValueError, match="cannot be shared equally"):
         TrainSampler(70, 15, seed=0, epoch=0, world=2)

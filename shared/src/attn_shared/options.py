@@ -116,10 +116,13 @@ def check_options(parsed: Parsed, known: Iterable[str], *, free: Iterable[str] =
 
 
 def _unknown_option(name: str, known: Sequence[str], *, dashes: str = "--", kind: str = "option") -> str:
-    close = nearest(name, known)
-    if not close:  # the last part alone: `--lr` for `--optim.lr`, `--model_args.depht` for a name far away
-        tails = {full.rsplit(".", 1)[-1]: full for full in known}
-        close = [tails[tail] for tail in nearest(name.rsplit(".", 1)[-1], tails)]
+    # A long common prefix makes everything in a group look near, so the last part is compared: first within the group
+    # (`--model_args.widht`), then the whole name, then the last part anywhere (`--lr` for `--optim.lr`).
+    group, _, last = name.rpartition(".")
+    mates = {full.rpartition(".")[2]: full for full in known if group and full.rpartition(".")[0] == group}
+    tails = {full.rpartition(".")[2]: full for full in known}
+    close = [mates[tail] for tail in nearest(last, mates)]
+    close = close or nearest(name, [] if mates else known) or [tails[tail] for tail in nearest(last, tails)]
     if close:
         return f"unknown {kind} {dashes}{name}; did you mean {' or '.join(dashes + c for c in close)}?"
     return f"unknown {kind} {dashes}{name}; `--help` lists the options"
@@ -201,13 +204,9 @@ def make_parser(prog: str, options: Sequence[Option], *, description: str = "") 
         target = groups[head] if dot else parser
         metavar = option.metavar or tail.rsplit(".", 1)[-1].upper() or head.upper()
         choices = typing.get_origin(option.type) is typing.Literal or option.type is bool
-        target.add_argument(
-            f"--{option.name}",
-            type=option.type,
-            default=option.default,
-            help=(option.help or " ").replace("%", "%%"),
-            **({} if choices else {"metavar": metavar}),
-        )
+        keywords: dict[str, Any] = {} if choices else {"metavar": metavar}
+        text = (option.help or " ").replace("%", "%%")
+        target.add_argument(f"--{option.name}", type=option.type, default=option.default, help=text, **keywords)
     return parser
 
 
@@ -306,8 +305,8 @@ def resolve(
     if base is not None:
         layers.append(("the saved configuration", base))
     elif choice == "auto":
-        name, values = preset(app, model, data)
-        layers.append((f"preset {name}", values))
+        name, given = preset(app, model, data)
+        layers.append((f"preset {name}", given))
     if from_file:
         layers.append((str(where), from_file))
 
@@ -320,10 +319,10 @@ def resolve(
         # Options of one mechanism mean nothing to another.
         if "mixer" in flat and flat["mixer"] != mixer:
             mixer, mixer_args = flat["mixer"], {}
-        given = layer.get("mixer_args") or {}
-        if not isinstance(given, Mapping):
+        own = layer.get("mixer_args") or {}
+        if not isinstance(own, Mapping):
             raise UserError(f"{name}: mixer_args must be a mapping of options")
-        mixer_args |= given
+        mixer_args |= own
     values |= {"model": model, "data": data}
 
     lines: list[str] = []

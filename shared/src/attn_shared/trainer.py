@@ -299,14 +299,12 @@ def evaluate_split(
     config: RunConfig,
     *,
     distributed: bool = False,
-    stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """The task's figures on every sample of a split: the same for any batch size and any number of processes.
 
     Args:
         split: "train", "val" or "test".
         distributed: share the samples out between the processes of the running group; all must call it.
-        stop: asked between batches; evaluation is given up with KeyboardInterrupt when it says so.
 
     Raises:
         UserError: the data has no such split.
@@ -323,8 +321,6 @@ def evaluate_split(
             task.reset_metrics(split)
             for batch in _loader(dataset, batches, bundle, config, "eval"):
                 task.update_metrics(split, _move(batch, device, config))
-                if stop is not None and stop():
-                    raise KeyboardInterrupt
             sums = {name: value.detach().cpu() for name, value in task.metric_state(split).items()}
             if world > 1:
                 sums = _add_up(sums, world)
@@ -475,7 +471,13 @@ def train(app: App, config: RunConfig, *, resume: Path | None = None) -> Path:
         engine = _Engine(app, config, task, bundle, state, world)
         engine.open_run(checkpoints.run_of(resume) if resume is not None else None)
         engine.fit()
-        return engine.finish()
+        try:
+            folder = engine.finish()
+        except KeyboardInterrupt:  # training is complete and saved; resuming only evaluates
+            raise Interrupted(engine.run.path if engine.run else None, engine.progress.step) from None
+        if world > 1:  # nobody leaves while another still writes or speaks to it
+            dist.barrier()
+        return folder
 
 
 def _check_launch(config: RunConfig) -> int:
@@ -687,7 +689,7 @@ class _Engine(lightning.Callback):
         return {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signals |= 1
+        self.signals = 1
         if number == signal.SIGINT:
             if self.interrupted:  # the second Ctrl-C: at once; the last checkpoint is whole
                 raise Interrupted(self.run.path if self.run else None, self.progress.step)
@@ -749,9 +751,8 @@ class _Engine(lightning.Callback):
             self._log(loss)
         whole = now.batch >= self.steps_per_epoch
         if self._agree(self.signals):
-            if whole:  # the epoch's end follows at once: validate, save, then stop
-                self.signals = 1
-            else:
+            self.signals = 1
+            if not whole:  # else the epoch's end follows at once: it validates, saves and then stops
                 self.save()
                 self._stop()
         if (cfg.max_steps is not None and now.step >= cfg.max_steps) or (
