@@ -231,6 +231,11 @@ CASES = [
         "text in numbers", table(changed(plain(), 8, "2024-01-09,12 kW")), refused=("t.csv:10: '12 kW' in column 'a'",)
     ),
     Case(
+        "text among numbers with decimal comma",
+        table(changed([r.replace(",", ";").replace(".", ",") for r in plain()], 8, "2024-01-09;x"), "date;a"),
+        refused=("t.csv:10: 'x' in column 'a' is not a number",),
+    ),
+    Case(
         "text in numbers after a quoted line end",
         table(changed([f'{r},"x\ny"' for r in plain()], 8, "2024-01-09,oops,z"), "date,a,note"),
         refused=("t.csv:18: 'oops' in column 'a'",),
@@ -325,7 +330,7 @@ def test_case(case: Case, tmp_path: Path) -> None:
     read = read_table(path, case.config)
     assert case.check is not None
     assert case.check(read), read
-    assert case.note in " | ".join(read.notes), read.notes
+    assert case.note in " | ".join([*read.form, *read.notes]), read
 
 
 def test_there_are_enough_cases() -> None:

@@ -319,8 +319,8 @@ def _facts(
     }
     if len(table.series) == 1:
         facts["borders (rows)"] = f"train 0-{limits.train:,}, validation -{limits.val:,}, test -{limits.test:,}"
-    if table.notes:
-        facts["found"] = "; ".join(table.notes)
+    if table.form or table.notes:
+        facts["found"] = "; ".join([*table.form, *table.notes])
     return facts
 
 

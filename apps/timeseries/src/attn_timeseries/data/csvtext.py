@@ -32,13 +32,21 @@ class Cells:
         source: name of the file, as messages give it.
         frame: one column a column of the file; text where it is not all numbers.
         lines: line of the file each row starts on; None for Parquet.
-        notes: what was found on the way.
+        notes: how the file is written: encoding, separator, what was left out.
+        decimal: the decimal sign; text that stands among numbers still has it.
     """
 
     source: str
     frame: pd.DataFrame
     lines: np.ndarray | None
     notes: list[str]
+    decimal: str = "."
+
+    def numbers(self, text: pd.Series) -> pd.Series:
+        """Text as numbers, NaN where it is none."""
+        if self.decimal == ",":
+            text = text.astype("str").str.replace(",", ".", regex=False)
+        return pd.to_numeric(text, errors="coerce")
 
     def where(self, row: int) -> str:
         """`file:line` of a row, or `file, row n` where a file has no lines."""
@@ -238,7 +246,7 @@ def read_cells(
         elif (pd.to_numeric(column, errors="coerce").to_numpy() == np.arange(len(column))).all():
             frame = frame.drop(columns=name)
             notes.append("a column without a name that only numbers the rows left out")
-    return Cells(source=path.name, frame=frame, lines=lines, notes=notes)
+    return Cells(source=path.name, frame=frame, lines=lines, notes=notes, decimal=decimal)
 
 
 def _keep(names: list[str], only: list[str] | None, text: set[str], max_columns: int, source: str) -> list[str]:

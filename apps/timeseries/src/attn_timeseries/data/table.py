@@ -39,7 +39,8 @@ class SeriesTable:
         time_column, id_column: names in the file; no id column where the file holds one series.
         columns: value columns, the order of `Series.values`.
         frequency: pandas alias of the step.
-        notes: what was found: gaps, duplicates, order, encoding.
+        form: how the file is written: encoding, separator, decimal comma, which column names the series.
+        notes: what is worth knowing about the data: gaps, duplicates, order, constant columns.
     """
 
     source: str
@@ -48,6 +49,7 @@ class SeriesTable:
     columns: list[str]
     frequency: str
     series: list[Series]
+    form: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,10 +69,10 @@ def read_table(path: Path, config: ForecastDataConfig) -> SeriesTable:
         only=config.columns,
         max_columns=MAX_COLUMNS,
     )
-    notes = list(cells.notes)
+    form, notes = list(cells.notes), []  # type: list[str], list[str]
     time_column = _find_time(cells, config)
-    times = _times(cells, time_column, notes)
-    columns, id_column = _roles(cells, times, time_column, config, notes)
+    times = _times(cells, time_column, form)
+    columns, id_column = _roles(cells, times, time_column, config, form)
     values = _values(cells, columns)
     codes, names = _ids(cells, id_column)
     bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
@@ -87,12 +89,13 @@ def read_table(path: Path, config: ForecastDataConfig) -> SeriesTable:
         columns=columns,
         frequency=frequency,
         series=series,
+        form=form,
         notes=_summed(notes),
     )
 
 
 def check_file(path: str | Path) -> list[str]:
-    """What is wrong or worth knowing about a file, in sentences; empty when it is a clean regular table."""
+    """What is wrong with a file or worth knowing, in sentences; empty when it is a regular table without gaps."""
     try:
         return read_table(Path(path), ForecastDataConfig()).notes
     except UserError as error:
@@ -186,7 +189,7 @@ def _roles(
         if id_column is not None:
             others.remove(id_column)
     for name in others:
-        text = _text_share(frame[name])
+        text = _text_share(cells, name)
         if text > 0.5:
             if is_clock(frame[name]):
                 raise UserError(
@@ -201,12 +204,13 @@ def _roles(
     return others, id_column
 
 
-def _text_share(column: pd.Series) -> float:
+def _text_share(cells: Cells, name: str) -> float:
     """Share of the known cells that are no number."""
+    column = cells.frame[name]
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         return 0.0
     known = column.dropna()
-    return float(pd.to_numeric(known, errors="coerce").isna().mean()) if len(known) else 0.0
+    return float(cells.numbers(known).isna().mean()) if len(known) else 0.0
 
 
 def _guess_id(cells: Cells, times: pd.DatetimeIndex, others: list[str], notes: list[str]) -> str | None:
@@ -214,7 +218,7 @@ def _guess_id(cells: Cells, times: pd.DatetimeIndex, others: list[str], notes: l
     found = []
     for name in others:
         column = cells.frame[name]
-        text = _text_share(column) > 0.5 and not is_clock(column)
+        text = _text_share(cells, name) > 0.5 and not is_clock(column)
         usual = name.lower() in ID_NAMES and times.has_duplicates
         if (text or usual) and column.notna().all() and column.nunique() <= max(1, len(column) // 2):
             pairs = pd.DataFrame({"t": times.asi8, "i": column.astype(str).to_numpy()})
@@ -234,7 +238,7 @@ def _values(cells: Cells, columns: list[str]) -> np.ndarray:
         if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
             stripped = column.astype("str").str.strip().where(column.notna().to_numpy(), None)
             stripped = stripped.mask(stripped.isin(MISSING), None)
-            numbers = pd.to_numeric(stripped, errors="coerce")
+            numbers = cells.numbers(stripped)
             bad = (numbers.isna() & stripped.notna()).to_numpy()
             if bad.any():
                 row = int(bad.argmax())

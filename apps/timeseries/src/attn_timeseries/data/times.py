@@ -173,7 +173,12 @@ def infer_frequency(times: pd.DatetimeIndex, where: Callable[[int], str]) -> str
                 offset = pd.tseries.frequencies.to_offset(anchored)
                 if all(offset.is_on_offset(t) for t in times) and len(set(stamps % day)) == 1:
                     return str(offset.freqstr)
-    if step == day and len(times) > 5 and (times.day_of_week < 5).all() and times[-1] - times[0] >= pd.Timedelta(days=7):
+    if (
+        step == day
+        and len(times) > 5
+        and (times.day_of_week < 5).all()
+        and times[-1] - times[0] >= pd.Timedelta(days=7)
+    ):
         return "B"
     phases, counts = np.unique(stamps % step, return_counts=True)
     off = np.flatnonzero(stamps % step != phases[counts.argmax()])
