@@ -99,10 +99,13 @@ def baselines(train: Windows | None, val: Windows | None, season: int, pred_len:
         return _FITTED[train]
     rows = [Baseline(name="naive", note="repeats the last value", forecast=lambda x: repeat_last(x, pred_len))]
     if season > 1:
+        short = train is not None and train.seq_len < season
         rows.append(
             Baseline(
                 name="seasonal_naive",
-                note=f"repeats the last {season} steps",
+                note=f"repeats the last {season} steps"
+                if not short
+                else f"the look-back is shorter than a season of {season} steps: repeats the last value",
                 forecast=lambda x: repeat_season(x, pred_len, season),
             )
         )
