@@ -586,8 +586,7 @@ class _Engine(lightning.Callback):
         try:
             saved = state.trainer["progress"]
             self.progress = Progress(**saved)
-            self.loss_sum = torch.tensor(float(state.trainer["loss_sum"]), dtype=torch.float64)
-            self.restore = {key: state.trainer[key] for key in ("optimizers", "precision", "random")}
+            self.restore = {key: state.trainer[key] for key in ("optimizers", "precision", "processes")}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not hold what resuming needs: {error}") from None
 
@@ -630,11 +629,11 @@ class _Engine(lightning.Callback):
     def save(self, name: str = "last") -> None:
         """Save everything as checkpoint `name`; every process must call it."""
         self._clock()
-        random = [get_state()]
+        mine = {"random": get_state(), "loss_sum": float(self.loss_sum)}
+        everyone: list[Any] = [mine]
         if self.world > 1:
-            everyone: list[Any] = [None] * self.world
-            dist.all_gather_object(everyone, random[0])
-            random = everyone
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, mine)
         strategy = self.trainer.strategy
         optimizers = [strategy.optimizer_state(optimizer) for optimizer in self.trainer.optimizers]
         weights = self.task.state_dict()
@@ -647,10 +646,9 @@ class _Engine(lightning.Callback):
             weights=weights,
             trainer={
                 "progress": asdict(self.progress),
-                "loss_sum": float(self.loss_sum),
                 "optimizers": optimizers,
                 "precision": self.trainer.precision_plugin.state_dict(),
-                "random": random,
+                "processes": everyone,
             },
             step=self.progress.step,
             epoch=self.progress.epoch,
@@ -713,21 +711,27 @@ class _Engine(lightning.Callback):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the optimiser's state does not fit: {error}") from error
         if self.run is not None and not (self.run.checkpoints / "last").exists():  # a new run from a lone checkpoint
-            self._set_random()
+            self._take_up()
             self.save()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.restore is not None:
-            self._set_random()
+            self._take_up()
             self.restore = None
 
-    def _set_random(self) -> None:
+    def _take_up(self) -> None:
+        """Random state and running mean of this process."""
         assert self.restore is not None
-        states = self.restore["random"]
-        if self.rank < len(states):
-            set_state(states[self.rank])
-        else:  # more processes than before
-            seed_everything(self.config.seed, "train", self.rank, self.progress.step)
+        processes = self.restore["processes"]
+        try:
+            if len(processes) == self.world:
+                set_state(processes[self.rank]["random"])
+                self.loss_sum.fill_(processes[self.rank]["loss_sum"])
+            else:  # another number of processes than before
+                seed_everything(self.config.seed, "train", self.rank, self.progress.step)
+                self.loss_sum.fill_(sum(process["loss_sum"] for process in processes) / len(processes))
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not hold what resuming needs: {error}") from error
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         rate = self.config.optim.rate(self.progress.step, self.progress.epoch, self.total_steps)
