@@ -55,6 +55,17 @@ def test_resumed_equals_uninterrupted(toy, whole, monkeypatch, env, code, steps)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "last"]
 
 
+def test_a_mean_of_the_weights_resumes_too(toy):
+    argv = (*ARGV, "--optim.average", 0.9)
+    expected = files(toy.train(*argv))
+    done = toy.process("train", *argv, "--runs", "broken", TOY_SIGINT_AT_STEP="13")
+    assert done.returncode == 130, done.stderr
+    (run,) = Path("broken/toyapp").glob("*/*")
+    toy.train(resume=run)
+    assert files(run) == expected
+    assert expected != files(toy.train(*ARGV))  # the mean made a difference
+
+
 def test_a_finished_run_is_only_evaluated_again(toy, toy_run):
     import shutil
 

@@ -190,3 +190,30 @@ def test_evaluation_of_a_split_that_is_not_there(toy, toy_run):
     bundle = dataclasses.replace(trainer.load_data(toy.app, config, task.data_state), test=None)
     with pytest.raises(UserError, match="has no test split"):
         trainer.evaluate_split(task, bundle, "test", config)
+
+
+def test_the_mean_of_the_weights_is_validated_and_saved(toy):
+    from attn_shared import trainer
+    from attn_shared.runs import Run
+
+    argv = ("--data_args.samples", 150, "--trainer.max_steps", 1, "--optim.average", 0.9)
+    run = toy.train(*argv)
+    row = next(row for row in Run.open(run).read_metrics() if row["val_mse"] is not None)
+    scored = trainer.evaluate(toy.app, run, split="val")["metrics"]
+    assert scored["mse"] == pytest.approx(row["val_mse"], rel=1e-12)
+
+    config = toy.config(*argv)
+    start = trainer.build_task(toy.app, config, trainer.load_data(toy.app, config).state)
+    mean, _ = trainer.load_task(toy.app, run)
+    latest = torch.load(run / "checkpoints/last/trainer.pt", weights_only=True)["weights"]
+    for first, last, saved in zip(start.parameters(), latest, mean.parameters(), strict=True):
+        # After the first step the decay is not yet 0.9 but 2 / 11.
+        torch.testing.assert_close(saved, first + (last - first) * 9 / 11)
+        assert not torch.equal(first, last)
+
+
+def test_a_mean_needs_a_decay_below_one(toy):
+    from attn_shared.errors import UserError
+
+    with pytest.raises(UserError, match="between 0 and 1"):
+        toy.train("--data_args.samples", 150, "--optim.average", 1.5)

@@ -65,6 +65,8 @@ class OptimConfig:
             `gamma` an epoch; warmup=4, gamma=0.9 is PatchTST's "type3").
         warmup: steps of linear warm-up for "cosine", epochs at full rate for "decay".
         gamma: factor an epoch of "decay".
+        average: decay a step of a running mean of the weights, such as 0.998, which is then what is validated and
+            saved in place of the last weights; the first steps weigh less. None = no mean.
     """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
@@ -74,6 +76,7 @@ class OptimConfig:
     schedule: Literal["constant", "halve", "cosine", "decay"] = "halve"
     warmup: int = 0
     gamma: float = 0.9
+    average: float | None = None
 
     def rate(self, step: int, epoch: int, total_steps: int) -> float:
         """Learning rate of optimiser step `step` (from 0) in `epoch` (from 0) of a run of `total_steps`."""

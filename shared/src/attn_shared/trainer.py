@@ -6,7 +6,7 @@ a run was resumed. It is handed the rest of the interrupted epoch as a shorter e
 
 - the order of samples follows from seed and epoch, so an epoch can be entered at any batch (`sampler.py`);
 - the learning rate follows from step and epoch (`OptimConfig.rate`);
-- weights, optimiser, random states, running means and the best score come from the checkpoint;
+- weights (their running mean, too), optimiser, random states, mean loss and best score come from the checkpoint;
 - evaluation draws from a random state of its own, so how often it happens changes nothing.
 """
 
@@ -574,6 +574,8 @@ class _Engine(lightning.Callback):
         self.steps_per_epoch = self.loader.sampler().total
         self.total_steps = min(cfg.max_epochs * self.steps_per_epoch, cfg.max_steps or sys.maxsize)
         self.rate: float | None = None
+        self.weights = [p for p in task.parameters() if p.requires_grad]
+        self.average: list[Tensor] | None = None
         self.signals = 0
         self.interrupted = False
         self.started = self.cpu_started = 0.0
@@ -586,7 +588,7 @@ class _Engine(lightning.Callback):
         try:
             saved = state.trainer["progress"]
             self.progress = Progress(**saved)
-            self.restore = {key: state.trainer[key] for key in ("optimizers", "precision", "processes")}
+            self.restore = {key: state.trainer[key] for key in ("optimizers", "precision", "processes", "weights")}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not hold what resuming needs: {error}") from None
 
@@ -636,26 +638,74 @@ class _Engine(lightning.Callback):
             dist.all_gather_object(everyone, mine)
         strategy = self.trainer.strategy
         optimizers = [strategy.optimizer_state(optimizer) for optimizer in self.trainer.optimizers]
-        weights = self.task.state_dict()
         if self.run is None:
             return
-        checkpoint = Checkpoint(
-            app=self.app.name,
-            config=config_to_dict(self.config),
-            data_state=self.bundle.state,
-            weights=weights,
-            trainer={
-                "progress": asdict(self.progress),
-                "optimizers": optimizers,
-                "precision": self.trainer.precision_plugin.state_dict(),
-                "processes": everyone,
-            },
-            step=self.progress.step,
-            epoch=self.progress.epoch,
-            metrics=self.progress.best if self.progress.best_step == self.progress.step else {},
-            versions=versions(self.app),
-        )
-        checkpoints.save(checkpoint, self.run.checkpoints / name)
+        latest = [p.detach() for p in self.weights] if self.average is not None else None
+        with self._averaged():
+            checkpoint = Checkpoint(
+                app=self.app.name,
+                config=config_to_dict(self.config),
+                data_state=self.bundle.state,
+                weights=self.task.state_dict(),
+                trainer={
+                    "progress": asdict(self.progress),
+                    "optimizers": optimizers,
+                    "precision": self.trainer.precision_plugin.state_dict(),
+                    "processes": everyone,
+                    "weights": latest,
+                },
+                step=self.progress.step,
+                epoch=self.progress.epoch,
+                metrics=self.progress.best if self.progress.best_step == self.progress.step else {},
+                versions=versions(self.app),
+            )
+            checkpoints.save(checkpoint, self.run.checkpoints / name)
+
+    # -- the running mean of the weights ------------------------------------------------------------------------------
+
+    def _start_average(self) -> None:
+        """Begin the mean, or take it up: a checkpoint's weights are the mean, the last ones lie beside them."""
+        decay = self.config.optim.average
+        if decay is None:
+            return
+        if not 0 < decay < 1:
+            raise UserError(f"--optim.average must lie between 0 and 1, got {decay}")
+        self.average = [p.detach().clone() for p in self.weights]
+        latest = self.restore["weights"] if self.restore is not None else None
+        if latest is None:
+            return
+        try:
+            with torch.no_grad():
+                for weight, value in zip(self.weights, latest, strict=True):
+                    weight.copy_(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the last weights do not fit: {error}") from error
+
+    def _update_average(self) -> None:
+        decay = self.config.optim.average
+        if self.average is None or decay is None:
+            return
+        # The first weights are random: the mean forgets them at once instead of after 1 / (1 - decay) steps.
+        decay = min(decay, (1 + self.progress.step) / (10 + self.progress.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The task with the mean in place of its last weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        assert self.average is not None
+        for i, weight in enumerate(self.weights):
+            weight.data, self.average[i] = self.average[i], weight.data
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -700,6 +750,7 @@ class _Engine(lightning.Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_signal)  # Lightning has put its own in front
         self.loss_sum = self.loss_sum.to(self.task.device)
+        self._start_average()
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         if self.restore is None:
             seed_everything(self.config.seed, "train", self.rank)
@@ -751,6 +802,7 @@ class _Engine(lightning.Callback):
         now.loss_count += 1
         self.loss_sum += loss
         self.task._step = now.step
+        self._update_average()
         if now.step % cfg.log_every == 0:
             self._log(loss)
         whole = now.batch >= self.steps_per_epoch
@@ -808,7 +860,8 @@ class _Engine(lightning.Callback):
             )
         figures = {}
         if self.bundle.val is not None and _size(self.bundle.val):
-            figures = evaluate_split(self.task, self.bundle, "val", self.config, distributed=True)
+            with self._averaged():
+                figures = evaluate_split(self.task, self.bundle, "val", self.config, distributed=True)
         row = {"step": now.step, "epoch": now.epoch, "lr": self.rate, "train_loss": mean}
         if self.run is not None:
             self.run.append({**row, **{f"val_{name}": value for name, value in figures.items()}})
