@@ -54,7 +54,9 @@ def test_every_import_is_declared(name: str) -> None:
     optional = {"triton", "flash_attn", "resource"}
     for path in PACKAGES[name].rglob("*.py"):
         used = imported_packages(path) - set(sys.stdlib_module_names) - {name} - optional
-        assert used <= declared, f"{path.relative_to(ROOT)} imports {used - declared}, which pyproject.toml does not name"
+        assert used <= declared, (
+            f"{path.relative_to(ROOT)} imports {used - declared}, which pyproject.toml does not name"
+        )
 
 
 def test_torch_is_pinned_exactly() -> None:

@@ -29,6 +29,10 @@ COMMANDS = {
 def run(app: App, argv: Sequence[str] | None = None) -> int:
     """An app's whole `main`: 0 when all went well, 2 when the user can put something right, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Read by OpenMP when torch is imported. Threads that spin while they wait made a minute's training take ten where
+    # cores are shared; sleeping threads cost nothing measurable where they are not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     handlers: dict[str, Callable[[App, list[str]], int]] = {
         "train": _train,
         "eval": _eval,
@@ -155,11 +159,13 @@ def _compare(app: App, argv: list[str]) -> int:
             ("model A,B,…", "models to compare"),
             ("seeds N", "train each with N seeds, from --seed on (default: 1)"),
             ("output DIR", "where the table goes (default: beside the runs)"),
+            ("own_settings", "each model with its own preset for data and budget too, as papers compare"),
             *_RUN_EXTRA,
         )
         return _run_help(app, argv, "compare", "Train on equal terms, evaluate on the same split, one table.", extra)
-    parsed = options.split(argv, flags=["print_config"])
+    parsed = options.split(argv, flags=["print_config", "own_settings"])
     _no_words(parsed, "compare")
+    own_settings = parsed.take("own_settings") is not None
     models = _names(parsed.take("model")) or None
     mixers = _names(parsed.take("mixer"))
     seeds, output = parsed.take("seeds") or "1", parsed.take("output")
@@ -170,9 +176,9 @@ def _compare(app: App, argv: list[str]) -> int:
     for model in models or ():
         app.model(model)
     config = options.resolve(app, parsed, model=models[0] if models else None, extra=["print_config"])
-    # Each model with its own preset; options of the command line go to those that have them.
     if parsed.last("print_config"):
         return _print_config(config)
+    settings = {name: options.resolve(app, parsed, model=name) for name in models or ()} if own_settings else None
     from attn_shared.compare import compare
 
     print(
@@ -183,6 +189,7 @@ def _compare(app: App, argv: list[str]) -> int:
             models=models,
             seeds=int(seeds),
             output=Path(output) if output else None,
+            settings=settings,
         )
     )
     return 0

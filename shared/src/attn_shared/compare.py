@@ -96,6 +96,7 @@ def compare(
     models: Sequence[str] | None = None,
     seeds: int = 1,
     output: Path | None = None,
+    settings: Mapping[str, RunConfig] | None = None,
 ) -> Path:
     """Train the grid with equal budgets, evaluate on the same split, print and save one table.
 
@@ -107,6 +108,8 @@ def compare(
         models: names; default: the one of `config`.
         seeds: runs a cell, from `config.seed` on.
         output: folder for table, figures and runs; default beside the runs, the same for the same models and data.
+        settings: a whole configuration for each model, in place of equal terms: papers give each model its own
+            look-back and budget. The table then names what differs.
 
     Returns:
         The folder with comparison.{md,csv,json,html}.
@@ -117,7 +120,7 @@ def compare(
     if config.trainer.devices != 1:
         raise UserError("compare trains in one process; leave --trainer.devices at 1")
     models = list(dict.fromkeys(models or [config.model]))
-    cells = _grid(app, config, models, list(mixers) or [None], seeds)
+    cells = _grid(app, config, models, list(mixers) or [None], seeds, settings or {})
     if output is None:
         data = Path(config.data).stem if Path(config.data).suffix else config.data
         output = Path(config.runs) / slug(app.name) / "compare" / f"{'+'.join(map(slug, models))}-{slug(data)}"
@@ -153,7 +156,14 @@ def fitting(card: ModelCard) -> list[str]:
     ]
 
 
-def _grid(app: App, config: RunConfig, models: Sequence[str], mixers: Sequence[str | None], seeds: int) -> list[Cell]:
+def _grid(
+    app: App,
+    config: RunConfig,
+    models: Sequence[str],
+    mixers: Sequence[str | None],
+    seeds: int,
+    settings: Mapping[str, RunConfig],
+) -> list[Cell]:
     if config.mixer_args and (len(set(mixers)) > 1 or "all" in mixers):
         raise UserError("--mixer_args belong to one mechanism; compare that one alone, or leave them out")
     cards = [app.model(name) for name in models]
@@ -161,7 +171,7 @@ def _grid(app: App, config: RunConfig, models: Sequence[str], mixers: Sequence[s
         raise UserError(f"{' and '.join(models)}: no tokens are mixed, so there is no mechanism to replace by --mixer")
     cells = []
     for card in cards:
-        base = _of_model(app, config, card)
+        base = settings.get(card.name) or _of_model(app, config, card)
         wanted: list[str | None] = list(mixers)
         if not card.mixer_patterns:
             wanted = [None]
@@ -170,7 +180,7 @@ def _grid(app: App, config: RunConfig, models: Sequence[str], mixers: Sequence[s
         # By its name or as "own", the paper's mechanism is one cell.
         for mixer in dict.fromkeys(None if m == card.mixer else m for m in wanted):
             chosen = dataclasses.replace(
-                base, mixer=mixer, mixer_args=dict(config.mixer_args) if card.mixer_patterns else {}
+                base, mixer=mixer, mixer_args=dict(base.mixer_args) if card.mixer_patterns else {}
             )
             trainer.check_mixer(app, chosen)
             for seed in range(config.seed, config.seed + seeds):
@@ -192,6 +202,7 @@ def _of_model(app: App, config: RunConfig, card: ModelCard) -> RunConfig:
         optim=_changed(own.optim, usual.optim, config.optim),
         data_args=config.data_args,
         trainer=config.trainer,
+        mixer_args=config.mixer_args,
         seed=config.seed,
         runs=config.runs,
     )
@@ -425,17 +436,17 @@ class _Table:
         """What must be known to read the table."""
         best = "highest" if self.task.maximize else "lowest"
         spread = f", mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else ", one seed"
-        t = self.config.trainer
-        budget = f"{t.max_epochs} epoch{'s' if t.max_epochs != 1 else ''} at most"
-        if t.max_steps is not None:
-            budget += f", {t.max_steps:,} steps"
-        if t.max_minutes is not None:
-            budget += f", {t.max_minutes:g} minutes"
-        said = [
-            f"{self.split} split, {best} {self.task.primary} first{spread}. {sentence(self.protocol)}".strip(),
-            f"Every model trained here had the same budget ({budget}, batches of {t.batch_size}) and the same data; "
-            "the best epoch was chosen on the validation split.",
-        ]
+        said = [f"{self.split} split, {best} {self.task.primary} first{spread}. {sentence(self.protocol)}".strip()]
+        own = self.settings()
+        if own:
+            said.append(
+                "Each model trained here had its own settings: "
+                + "; ".join(f"{model} {', '.join(facts)}" for model, facts in own.items())
+                + "."
+            )
+        else:
+            said.append(f"Every model trained here had the same budget ({_budget(self.config)}) and the same data.")
+        said[-1] += " The best epoch was chosen on the validation split."
         if any(line.cost for line in self.lines):
             cost = next(line.cost for line in self.lines if line.cost)
             said.append(
@@ -444,6 +455,24 @@ class _Table:
             )
         if any(line.kind == "published" for line in self.lines):
             said.append("Published figures come from their papers.")
+        return said
+
+    def settings(self) -> dict[str, list[str]]:
+        """Budget, differing data options and training time of each model; empty where all had the same terms."""
+        configs: dict[str, RunConfig] = {}
+        for cell in self.cells:
+            configs.setdefault(cell.config.model, cell.config)
+        plain = {model: config_to_dict(config) for model, config in configs.items()}
+        first = next(iter(plain.values()))
+        if all(c["data_args"] == first["data_args"] and c["trainer"] == first["trainer"] for c in plain.values()):
+            return {}
+        differing = [k for k in first["data_args"] if len({str(c["data_args"][k]) for c in plain.values()}) > 1]
+        said = {}
+        for model, config in configs.items():
+            times = [c.results["train_cpu_seconds"] for c in self.cells if c.config.model == model and c.results]
+            said[model] = [f"{key} {plain[model]['data_args'][key]}" for key in differing]
+            said[model].append(_budget(config))
+            said[model] += [f"{statistics.fmean(times):.0f} CPU-seconds of training"] if times else []
         return said
 
     def failures(self) -> list[str]:
@@ -636,6 +665,16 @@ class _Table:
                     found.setdefault(name, handle)
             fig.legend(list(found.values()), list(found), loc="outside lower center", ncols=4)
         return fig
+
+
+def _budget(config: RunConfig) -> str:
+    t = config.trainer
+    text = f"{t.max_epochs} epoch{'s' if t.max_epochs != 1 else ''} at most"
+    if t.max_steps is not None:
+        text += f", {t.max_steps:,} steps"
+    if t.max_minutes is not None:
+        text += f", {t.max_minutes:g} minutes"
+    return f"{text}, batches of {t.batch_size}"
 
 
 def _name_of(line: Line) -> str:

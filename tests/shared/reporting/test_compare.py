@@ -290,3 +290,26 @@ def test_cost_that_cannot_be_measured(world: Any, stub: Stub, monkeypatch: pytes
     found = {r["mixer"]: r for r in rows(compare(world.app, world.config(), mixers=MIXERS)) if r["kind"] == "model"}
     assert found["flow"]["cost"] is None
     assert found["auto_correlation"]["cost"]["flops"] > 0
+
+
+def test_own_settings_are_kept_and_named(world: Any, stub: Stub) -> None:
+    mix, zero = world.config(), world.config(model="zero")
+    zero = dataclasses.replace(
+        zero,
+        data_args=dataclasses.replace(zero.data_args, length=20),
+        trainer=dataclasses.replace(zero.trainer, max_epochs=7),
+    )
+    settings = {"mix": mix, "zero": zero}
+    folder = compare(world.app, mix, mixers=["flow"], models=["mix", "zero"], settings=settings)
+    assert [(c.model, c.data_args.length, c.trainer.max_epochs) for c in stub.trained] == [
+        ("mix", 12, 2),
+        ("zero", 20, 7),
+    ]
+    text = (folder / "comparison.md").read_text()
+    assert "own settings: mix length 12, 2 epochs at most, batches of 32, 60 CPU-seconds of training; zero" in text
+    assert "length 20, 7 epochs at most" in text
+    assert "same budget" not in text
+    # On equal terms, the second model takes part under the first one's data and budget.
+    equal = compare(world.app, mix, mixers=["flow"], models=["mix", "zero"], output=world.root / "equal")
+    assert (stub.trained[-1].data_args.length, stub.trained[-1].trainer.max_epochs) == (12, 2)
+    assert "same budget (2 epochs at most, batches of 32)" in (equal / "comparison.md").read_text()
