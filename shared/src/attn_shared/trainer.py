@@ -574,7 +574,7 @@ class _Engine(lightning.Callback):
         self.steps_per_epoch = self.loader.sampler().total
         self.total_steps = min(cfg.max_epochs * self.steps_per_epoch, cfg.max_steps or sys.maxsize)
         self.rate: float | None = None
-        self.weights = [p for p in task.parameters() if p.requires_grad]
+        self.weights: list[Tensor] = [p for p in task.parameters() if p.requires_grad]
         self.average: list[Tensor] | None = None
         self.signals = 0
         self.interrupted = False
