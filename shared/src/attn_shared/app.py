@@ -30,7 +30,7 @@ class ModelCard:
         name: what `--model` takes.
         title: the paper's title.
         source: S-number, or the short reference for baselines outside the catalogue.
-        year: year of publication.
+        year: year of publication; 0 for rules without a paper.
         target: "module:Class" of the nn.Module.
         config: dataclass of its options (torch-free), the type of `model_args`.
         mixer: the paper's own mechanism for `--mixer`'s default; None when the model mixes no tokens.

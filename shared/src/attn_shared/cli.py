@@ -422,7 +422,7 @@ def _models(app: App, argv: list[str]) -> int:
         _describe_model(app, app.model(argv[0]))
         return 0
     rows = [
-        (c.name, str(c.year), c.source, c.mixer or "-", "yes" if c.trainable else "no", c.title)
+        (c.name, str(c.year or "-"), c.source, c.mixer or "-", "yes" if c.trainable else "no", c.title)
         for c in app.models.values()
     ]
     print(table(("name", "year", "source", "mixer", "trainable", "paper"), rows))
@@ -431,7 +431,7 @@ def _models(app: App, argv: list[str]) -> int:
 
 def _describe_model(app: App, card: ModelCard) -> None:
     facts = {
-        "paper": f"{card.title} ({card.year})",
+        "paper": f"{card.title} ({card.year})" if card.year else card.title,
         "source": card.source,
         "mixer": f"{card.mixer or 'none'}"
         + (f"; takes any that computes {', '.join(card.mixer_patterns)}" if card.mixer_patterns else ""),
