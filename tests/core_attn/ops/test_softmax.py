@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core_attn.dispatch import BackendError, Request
 from core_attn.naming import UnknownNameError
 from core_attn.ops import softmax_attention
-from core_attn.ops.softmax import OPERATOR, blocked, span
+from core_attn.ops.softmax import OPERATOR, blocked, flex, span
 
 FAST = ["torch", "sdpa"]
 WINDOWS = [None, 1, 5, (3, None), (0, 2)]
@@ -517,6 +517,15 @@ def test_flex_on_the_cpu_is_refused_with_the_reason(dtype: torch.dtype, options:
         softmax_attention(q, k, v, backend="flex", **options)
 
 
+def test_flex_needs_a_compiler_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (t.detach() for t in inputs(5, 5, dtype=torch.float32))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(flex, "_build_tool_missing", flex._build_tool_missing.__wrapped__)
+    with pytest.raises(BackendError, match="C\\+\\+ compiler, and no-such-compiler is not installed"):
+        softmax_attention(q, k, v, backend="flex")
+
+
+@pytest.mark.skipif(flex._build_tool_missing() is not None, reason="no C++ compiler for the CPU kernel")
 def test_flex_runs_forward_where_it_is_asked_for() -> None:
     q, k, v = inputs(65, 70, key_heads=2, dtype=torch.float32)
     mask, padding = torch.rand(2, 1, 65, 70) > 0.3, torch.rand(2, 70) > 0.3

@@ -6,7 +6,12 @@ Each new shape is compiled, which takes seconds; on the CPU there is no backward
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +32,8 @@ def why_not(request: Request) -> str | None:
         return "it has no float64 on the CPU"
     if request.device == "cpu" and request.compiling:
         return "on the CPU it compiles its own kernel, which cannot be part of a larger compiled graph"
+    if request.device == "cpu" and (missing := _build_tool_missing()):
+        return f"on the CPU it builds its kernel with a C++ compiler, and {missing}"
     if request.device not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda, these tensors are on {request.device}"
     return None
@@ -34,6 +41,17 @@ def why_not(request: Request) -> str | None:
 
 def pass_over(request: Request) -> str | None:
     return "it compiles for seconds at every new shape"
+
+
+@functools.cache
+def _build_tool_missing() -> str | None:
+    """What torch.compile's CPU code generator would not find here."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"{compiler} is not installed"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Python.h) are not installed"
+    return None
 
 
 @functools.cache
