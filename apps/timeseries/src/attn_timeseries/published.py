@@ -1,7 +1,8 @@
 """Published figures, MSE and MAE on scaled values, under the protocol this application follows.
 
 Sources: A. Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023, Table 2 (Informer,
-Autoformer, DLinear, repeat-last; it takes the first two from FEDformer's paper); Y. Nie et al., "A Time Series is Worth 64 Words", ICLR 2023, Table 3 (PatchTST/42).
+Autoformer, DLinear, repeat-last; it takes the first two from FEDformer's paper); Y. Nie et al., "A Time Series is
+Worth 64 Words", ICLR 2023, Table 3 (PatchTST/42).
 Look-back 96 (ILI 36) for Informer and Autoformer, 336 (ILI 104) for DLinear and PatchTST.
 """
 
