@@ -380,7 +380,14 @@ class _Table:
         self.lines = sorted(lines, key=lambda line: (line.kind == "failed", *sort_key(task, line.mean(task.primary))))
         results = next((c.results for c in cells if c.results), None)
         self.split = split_of(results) if results else "test"
-        self.protocol = str(results["protocol"]) if results else ""
+        protocols = {c.config.model: str(c.results["protocol"]) for c in cells if c.results}
+        same = len(set(protocols.values())) < 2
+        # Models under their own settings may see longer look-backs.
+        self.protocol = (
+            next(iter(protocols.values()), "")
+            if same
+            else "; ".join(f"{model}: {protocol}" for model, protocol in protocols.items())
+        )
         figures = results["splits"][self.split] if results else {}
         self.metrics = main_metrics(task, figures, limit=3) if results else [task.primary]
         self.all_metrics = list(dict.fromkeys([*self.metrics, *figures]))
