@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import matplotlib
-from cycler import cycler
+from matplotlib import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
