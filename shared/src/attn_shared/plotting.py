@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import matplotlib
-from matplotlib import cycler
+import matplotlib.rcsetup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ STYLE: Final[Mapping[str, Any]] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=list(COLOURS)),
+    "axes.prop_cycle": matplotlib.rcsetup.cycler(color=list(COLOURS)),
     "grid.color": MUTED,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.7,
