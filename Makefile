@@ -53,7 +53,7 @@ demo: setup  ## a real forecast, scored against baselines, with a report (a few 
 test: setup  ## every test but the slow ones (2 cores, under 15 minutes)
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: setup  ## the long runs: real-data bars, long sequences
+test-slow: setup  ## the long runs: quality on real data under ATTN_DATA
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m slow $(ARGS)
 
 lint: setup  ## ruff (style, imports, bugs) and its formatter in check mode

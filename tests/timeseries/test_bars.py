@@ -1,0 +1,42 @@
+"""Quality on real data, from the command line with nothing but the presets: a few minutes, `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from attn_timeseries.cli import main
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.data,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif("ATTN_DATA" not in os.environ, reason="ATTN_DATA names no folder of data sets"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "bound"),
+    [
+        ("dlinear", 0.380),  # published .375
+        ("itransformer", 0.390),
+        ("patchtst", 0.40),  # published .375
+        ("informer", 0.90),  # published .865
+    ],
+)
+def test_etth1_96_hours_ahead(
+    model: str, bound: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", model, "--data", "etth1", "--trainer.threads", "1"]) == 0
+    run = Path(capsys.readouterr().out.split()[-1])
+    results = json.loads((run / "metrics.json").read_text())
+    test = results["splits"]["test"]
+    assert test["windows"] == 2785
+    assert test["mse"] <= bound
+    naive = next(row for row in results["baselines"] if row["model"] == "naive")
+    assert test["mse"] < naive["mse"]
+    assert (run / "report.html").is_file()
