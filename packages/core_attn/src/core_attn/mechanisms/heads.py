@@ -53,6 +53,12 @@ class MultiHeadMixer(TokenMixer):
         """What `attend` and `attention_map` both need drawn at random; None for deterministic mechanisms."""
         return None
 
+    def side_input(
+        self, q: Tensor, k: Tensor, *, query_padding_mask: Tensor | None, generator: torch.Generator | None
+    ) -> Any:
+        """The `aux` of `attend` and `attention_map`; `query_padding_mask` is the keys' in self attention, else None."""
+        return self.draw(q, k, generator)
+
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, H·D) -> (B, H, L, D)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -78,7 +84,8 @@ class MultiHeadMixer(TokenMixer):
         q = self.split_heads(self.q_proj(x if context is not None else source))
         k = self.split_heads(self.k_proj(source))
         v = self.split_heads(self.v_proj(source))
-        aux = self.draw(q, k, generator)
+        query_padding_mask = key_padding_mask if context is None else None
+        aux = self.side_input(q, k, query_padding_mask=query_padding_mask, generator=generator)
         out = self.attend(q, k, v, key_padding_mask=key_padding_mask, aux=aux)
         if self._tap is not None:
             out = self._tap(self, q, k, v, out, key_padding_mask, aux)

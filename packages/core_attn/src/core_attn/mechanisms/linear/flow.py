@@ -60,28 +60,11 @@ class FlowAttention(MultiHeadMixer):
         self.eps = eps
         self.backend = backend
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        context: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        # As the base class does, but queries share the keys' mask in self attention: only here is known which it is.
-        self.check_inputs(x, context=context, key_padding_mask=key_padding_mask, grid=grid, generator=generator)
-        source = x if context is None else context
-        if key_padding_mask is not None:
-            source = source.masked_fill(~key_padding_mask.unsqueeze(-1), 0.0)
-        q = self.split_heads(self.q_proj(source if context is None else x))
-        k = self.split_heads(self.k_proj(source))
-        v = self.split_heads(self.v_proj(source))
-        query_padding_mask = key_padding_mask if context is None else None
-        out = self.attend(q, k, v, key_padding_mask=key_padding_mask, aux=query_padding_mask)
-        if self._tap is not None:
-            out = self._tap(self, q, k, v, out, key_padding_mask, query_padding_mask)
-        return self.out_proj(self.merge_heads(out))
+    def side_input(
+        self, q: Tensor, k: Tensor, *, query_padding_mask: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """Padded queries must be known, for every query takes part in what the keys compete for."""
+        return query_padding_mask
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None, aux: Any) -> Tensor:
         return ops.flow_attention(
