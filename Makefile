@@ -43,6 +43,7 @@ setup:  ## create .venv with everything, under constraints.txt (does nothing whe
 	  [ -x "$(BIN)/python" ] || $(PYTHON) -m venv "$(VENV)"; \
 	  echo "$(CURDIR)" > "$(VENV)/.path"; \
 	  "$(BIN)/python" -m pip install --quiet -r requirements-dev.txt; \
+	  "$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation natten; \
 	  "$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation $(addprefix -e ./,$(PACKAGES)); \
 	  echo "$(STAMP_KEY)" > "$(STAMP)"; \
 	fi

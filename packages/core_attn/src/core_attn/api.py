@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -335,6 +336,7 @@ def facts(info: MechanismInfo) -> dict[str, Any]:
     held = {key: getattr(info, key) for key in info.__dataclass_fields__}
     held["patterns"] = sorted(p.value for p in info.patterns)
     held["grid_ranks"] = sorted(info.grid_ranks)
+    held["cascade"] = None if info.cascade is None else dataclasses.asdict(info.cascade)
     return {key: str(value) if isinstance(value, str) else value for key, value in held.items()}
 
 

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from core_attn.einsums import Cascade
+
 
 class Pattern(StrEnum):
     """The four ways tokens may look at tokens."""
@@ -62,6 +64,7 @@ class MechanismInfo:
         double_backward: gradients of gradients are defined.
         min_length: the smallest L the definition makes sense for.
         operator: name of the operator in `core_attn.ops` it computes with; empty where that is its own name.
+        cascade: its einsums and its costs as formulas in `TokenMixer.sizes`; None where nobody wrote them down.
     """
 
     name: str
@@ -83,6 +86,7 @@ class MechanismInfo:
     double_backward: bool = True
     min_length: int = 1
     operator: str = ""
+    cascade: Cascade | None = None
 
     def supports(self, *, causal: bool, cross: bool) -> bool:
         return Pattern.of(causal=causal, cross=cross) in self.patterns
@@ -145,6 +149,30 @@ class TokenMixer(Mechanism):
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One or more further tokens (B, T, C) of a causal sequence -> their outputs (B, T, C) and the new state."""
         raise ValueError(f"{self.info.name} has no decoding state: it cannot run token by token")
+
+    def sizes(
+        self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
+    ) -> dict[str, float]:
+        """Values of the symbols in this mechanism's `info.cascade` for a call of these sizes; see `einsums.SYMBOLS`.
+
+        Subclasses add their own symbols, and say how many pairs P a head reads where that is not all of them.
+        """
+        keys = length if context is None else context
+        heads = getattr(self, "heads", 1)
+        pairs: float = length * keys
+        if self.causal:
+            pairs = sum(min(max(i + 1 + keys - length, 0), keys) for i in range(length))
+        return {
+            "B": batch,
+            "H": heads,
+            "G": getattr(self, "kv_heads", heads),
+            "L": length,
+            "M": keys,
+            "C": self.dim,
+            "D": getattr(self, "head_dim", self.dim // heads),
+            "P": pairs,
+            "E": 4,
+        }
 
     def check_inputs(
         self,

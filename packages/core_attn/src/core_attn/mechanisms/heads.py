@@ -54,9 +54,19 @@ class MultiHeadMixer(TokenMixer):
         return None
 
     def side_input(
-        self, q: Tensor, k: Tensor, *, query_padding_mask: Tensor | None, generator: torch.Generator | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        x: Tensor,
+        query_padding_mask: Tensor | None,
+        grid: tuple[int, ...] | None,
+        generator: torch.Generator | None,
     ) -> Any:
-        """The `aux` of `attend` and `attention_map`; `query_padding_mask` is the keys' in self attention, else None."""
+        """The `aux` of `attend` and `attention_map`; `query_padding_mask` is the keys' in self attention, else None.
+
+        `x` (B, L, C) is what the queries were made from, with zeros in place of padding.
+        """
         return self.draw(q, k, generator)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -81,11 +91,12 @@ class MultiHeadMixer(TokenMixer):
         if key_padding_mask is not None:
             # Zeroed before the projections: 0 * NaN is NaN, so masking later could not stop a NaN under the mask.
             source = source.masked_fill(~key_padding_mask.unsqueeze(-1), 0.0)
-        q = self.split_heads(self.q_proj(x if context is not None else source))
+        x = x if context is not None else source
+        q = self.split_heads(self.q_proj(x))
         k = self.split_heads(self.k_proj(source))
         v = self.split_heads(self.v_proj(source))
         query_padding_mask = key_padding_mask if context is None else None
-        aux = self.side_input(q, k, query_padding_mask=query_padding_mask, generator=generator)
+        aux = self.side_input(q, k, x=x, query_padding_mask=query_padding_mask, grid=grid, generator=generator)
         out = self.attend(q, k, v, key_padding_mask=key_padding_mask, aux=aux)
         if self._tap is not None:
             out = self._tap(self, q, k, v, out, key_padding_mask, aux)

@@ -59,6 +59,7 @@ def check_mechanism(
     skip: Collection[str] = (),
     raise_on_failure: bool = True,
     seed: int = 0,
+    grid_rank: int | None = None,
     **options: Any,
 ) -> CheckReport:
     """Test a token mixer against the contract, as far as its `MechanismInfo` claims it.
@@ -72,6 +73,7 @@ def check_mechanism(
         only, skip: names of checks to run or to leave out; `core_attn.testing.CHECKS` names them all.
         raise_on_failure: raise `CheckFailedError`, which holds the report, when a check fails.
         seed: of weights and inputs.
+        grid_rank: rank of the grids of its inputs; the smallest that it declares by default.
         options: options of the mechanism; dim (default 16) and heads (2) may be set too.
 
     Returns:
@@ -90,7 +92,7 @@ def check_mechanism(
     for name in [*(only or ()), *skip]:
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
-    subject = Subject(target, options, seed)
+    subject = Subject(target, options, seed, grid_rank)
     results = []
     for name, check in CHECKS.items():
         if (only is not None and name not in only) or name in skip:

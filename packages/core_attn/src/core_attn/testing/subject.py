@@ -24,9 +24,16 @@ class Subject:
             dim, heads and causal that it takes by name.
         options: further options of the mechanism; dim (16) and heads (2) may be overridden here.
         seed: of weights and inputs.
+        grid_rank: rank of the grids of its inputs; the smallest that it declares by default.
     """
 
-    def __init__(self, target: str | type | Callable[..., TokenMixer], options: dict[str, Any], seed: int = 0) -> None:
+    def __init__(
+        self,
+        target: str | type | Callable[..., TokenMixer],
+        options: dict[str, Any],
+        seed: int = 0,
+        grid_rank: int | None = None,
+    ) -> None:
         made = registry.get(target) if isinstance(target, str) else target
         if not callable(made):
             kind = type(made).__name__
@@ -60,6 +67,9 @@ class Subject:
             raise ValueError(f"{type(instance).__name__} declares no facts; put @core_attn.register(...) on the class")
         self.info: MechanismInfo = instance.info
         self.dim = instance.dim
+        self.grid_rank = grid_rank or min(self.info.grid_ranks, default=0)
+        if grid_rank is not None and grid_rank not in self.info.grid_ranks:
+            raise ValueError(f"{self.info.name} takes no grid of rank {grid_rank}")
         # A factory without `causal` makes one kind only: the other patterns are not its own to test.
         self.patterns = [
             p
@@ -110,7 +120,7 @@ class Subject:
             keys = context or length + 3
             call["context"] = torch.randn(batch, keys, dim, generator=generator, dtype=torch.float64).to(dtype)
         if self.info.grid_ranks:
-            call["grid"] = balanced_grid(length, min(self.info.grid_ranks))
+            call["grid"] = balanced_grid(length, self.grid_rank)
         return call
 
     def lengths(self, *wanted: int) -> list[int]:

@@ -61,7 +61,14 @@ class FlowAttention(MultiHeadMixer):
         self.backend = backend
 
     def side_input(
-        self, q: Tensor, k: Tensor, *, query_padding_mask: Tensor | None, generator: torch.Generator | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        x: Tensor,
+        query_padding_mask: Tensor | None,
+        grid: tuple[int, ...] | None,
+        generator: torch.Generator | None,
     ) -> Tensor | None:
         """Padded queries must be known, for every query takes part in what the keys compete for."""
         return query_padding_mask
