@@ -10,7 +10,9 @@ from typing import Any
 
 _PUBLIC = {
     "auto_correlation": "core_attn.ops.autocorrelation",
+    "block_sparse_attention": "core_attn.ops.block_sparse",
     "flow_attention": "core_attn.ops.flow",
+    "gather_attention": "core_attn.ops.gather",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
     "softmax_attention": "core_attn.ops.softmax",
 }

@@ -1,0 +1,55 @@
+"""What operators on q, k and v share: the checks of their shapes, and what is done to them before any form runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> None:
+    """Refuse q (B, H, L, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) and key_padding_mask (B, M) that do not fit.
+
+    Raises:
+        ValueError: what is wrong, in one sentence.
+    """
+    shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k and v must have shape (B, H, L, D), got {shapes}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q (B, H, L, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) do not fit: got {shapes}")
+    if k.shape[1] != q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype is not torch.bool:
+            raise ValueError(f"key_padding_mask must be boolean (True = real token), got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != (k.shape[0], k.shape[2]):
+            raise ValueError(
+                f"key_padding_mask must have shape (B, M) = {(k.shape[0], k.shape[2])}, "
+                f"got {tuple(key_padding_mask.shape)}"
+            )
+
+
+def prepare_qkv(
+    q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in autocast's dtype where autocast is on, with zeros in place of padding.
+
+    Weights of exactly zero do not protect from NaN: 0 * NaN is NaN, forward and backward.
+    """
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype is torch.float32:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if key_padding_mask is not None:
+        padding = ~key_padding_mask[:, None, :, None]
+        k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+    return q, k, v
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """`scale`, or 1/√D where it is None."""
+    if scale is not None:
+        return scale
+    return float(q.shape[-1] ** -0.5) if q.shape[-1] else 1.0
