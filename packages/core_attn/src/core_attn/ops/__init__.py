@@ -13,6 +13,7 @@ _PUBLIC = {
     "block_sparse_attention": "core_attn.ops.block_sparse",
     "flow_attention": "core_attn.ops.flow",
     "gather_attention": "core_attn.ops.gather",
+    "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
     "softmax_attention": "core_attn.ops.softmax",
 }
