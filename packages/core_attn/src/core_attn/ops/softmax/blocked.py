@@ -24,8 +24,11 @@ _OPTIONS = (
 )
 
 
-class _Blocks:
-    """One call, cut into blocks: which there are, and the masked scores of each."""
+class Blocks:
+    """One call, cut into blocks: which there are, and the masked scores of each.
+
+    Attention with more in its scores than a bias overrides `scores` and `spread`.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class _Blocks:
         # One stream of random numbers for the whole call: forward and backward visit the blocks in the same order.
         self.random = None if seed is None else torch.Generator(q.device).manual_seed(int(seed))
         self.rows, self.columns = _block_sizes(left, right, on_cpu=q.device.type == "cpu")
+        self.dbias: Tensor | None = None
         self._triangles: dict[tuple[int, int, int, bool], Tensor] = {}
 
     def grouped(self, x: Tensor) -> Tensor:
@@ -102,6 +106,12 @@ class _Blocks:
             edge = min(c1, last - self.left)
             _lower(whole[..., : edge - c0], self.triangle(r1 - r0, edge - c0, first - self.left - 1 - c0, upper=False))
         return s
+
+    def spread(self, ds: Tensor, rows: Tensor, drows: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """Hand on the gradient `ds` of a block's scores to whatever `scores` added to q kᵀ."""
+        if self.dbias is not None:
+            target = _cut(self.grouped(self.dbias), r0, r1, c0, c1)
+            target += self.unflat(ds, r1 - r0).sum_to_size(target.shape)
 
     def triangle(self, rows: int, columns: int, diagonal: int, *, upper: bool) -> Tensor:
         """The ceiling that forbids what lies above (or below) a diagonal."""
@@ -153,78 +163,84 @@ def _block_sizes(left: int | None, right: int | None, *, on_cpu: bool) -> tuple[
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        b = _Blocks(q, k, v, *options)
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        # +inf where nothing may be read: exp(score - inf) is then the zero weight that the backward wants.
-        lse = torch.full(q.shape[:3], _INF, dtype=b.dtype, device=q.device)
-        for r0, r1 in b.row_blocks():
-            rows = b.take_rows(b.q, r0, r1) * b.scale
-            so_far: tuple[Tensor, Tensor, Tensor] | None = None  # maximum, sum of weights, weighted sum of values
-            for c0, c1 in b.key_blocks(r0, r1):
-                p = b.scores(rows, r0, r1, c0, c1)
-                top = p.amax(dim=-1, keepdim=True)
-                if so_far is not None:
-                    top = torch.maximum(top, so_far[0])
-                base = top.masked_fill(top == -_INF, 0.0)
-                p.sub_(base).exp_()
-                total = p.sum(dim=-1, keepdim=True)
-                kept = b.kept(p)
-                if kept is not None:
-                    p *= kept
-                if so_far is None:
-                    summed = torch.bmm(p, b.v[:, c0:c1])
-                else:
-                    shrink = torch.exp(so_far[0] - base)
-                    total += so_far[1] * shrink
-                    summed = torch.baddbmm(so_far[2] * shrink, p, b.v[:, c0:c1])
-                so_far = top, total, summed
+        return attend(Blocks(q, k, v, *options), q, v.shape[-1])
+
+
+def attend(b: Blocks, q: Tensor, value: int) -> tuple[Tensor, Tensor]:
+    """Output (B, H, L, value) in the dtype of q and the log-sum-exp of each row, +inf where nothing may be read."""
+    out = q.new_zeros(*q.shape[:3], value)
+    # +inf where nothing may be read: exp(score - inf) is then the zero weight that the backward wants.
+    lse = torch.full(q.shape[:3], _INF, dtype=b.dtype, device=q.device)
+    for r0, r1 in b.row_blocks():
+        rows = b.take_rows(b.q, r0, r1) * b.scale
+        so_far: tuple[Tensor, Tensor, Tensor] | None = None  # maximum, sum of weights, weighted sum of values
+        for c0, c1 in b.key_blocks(r0, r1):
+            p = b.scores(rows, r0, r1, c0, c1)
+            top = p.amax(dim=-1, keepdim=True)
+            if so_far is not None:
+                top = torch.maximum(top, so_far[0])
+            base = top.masked_fill(top == -_INF, 0.0)
+            p.sub_(base).exp_()
+            total = p.sum(dim=-1, keepdim=True)
+            kept = b.kept(p)
+            if kept is not None:
+                p *= kept
             if so_far is None:
-                continue
-            top, total, summed = so_far
-            empty = total == 0
-            b.put_rows(b.grouped(out), summed / total.masked_fill(empty, 1.0), r0, r1)
-            stats = (top + total.log()).masked_fill_(empty, _INF)
-            b.put_rows(b.grouped(lse).unsqueeze(-1), stats, r0, r1)
-        return out, lse
+                summed = torch.bmm(p, b.v[:, c0:c1])
+            else:
+                shrink = torch.exp(so_far[0] - base)
+                total += so_far[1] * shrink
+                summed = torch.baddbmm(so_far[2] * shrink, p, b.v[:, c0:c1])
+            so_far = top, total, summed
+        if so_far is None:
+            continue
+        top, total, summed = so_far
+        empty = total == 0
+        b.put_rows(b.grouped(out), summed / total.masked_fill(empty, 1.0), r0, r1)
+        stats = (top + total.log()).masked_fill_(empty, _INF)
+        b.put_rows(b.grouped(lse).unsqueeze(-1), stats, r0, r1)
+    return out, lse
 
 
 def _backward(
     dout: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        b = _Blocks(q, k, v, *options)
-        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        dk, dv = torch.zeros_like(b.k), torch.zeros_like(b.v)
+        b = Blocks(q, k, v, *options)
         bias = options[0]
-        dbias = torch.zeros_like(bias, dtype=b.dtype) if bias_grad else q.new_zeros(0)
-        for r0, r1 in b.row_blocks():
-            rows = b.take_rows(b.q, r0, r1) * b.scale
-            d = b.take_rows(b.grouped(dout), r0, r1)
-            stats = b.take_rows(b.grouped(lse).unsqueeze(-1), r0, r1)
-            mean = (d * b.take_rows(b.grouped(out), r0, r1)).sum(dim=-1, keepdim=True)
-            drows = torch.zeros_like(rows)
-            for c0, c1 in b.key_blocks(r0, r1):
-                p = b.scores(rows, r0, r1, c0, c1).sub_(stats).exp_()
-                kept = b.kept(p)
-                dp = torch.bmm(d, b.v[:, c0:c1].transpose(1, 2))
-                if kept is not None:
-                    dp *= kept
-                ds = dp.sub_(mean).mul_(p)
-                if kept is not None:
-                    p *= kept
-                dv[:, c0:c1].baddbmm_(p.transpose(1, 2), d)
-                dk[:, c0:c1].baddbmm_(ds.transpose(1, 2), rows)
-                drows.baddbmm_(ds, b.k[:, c0:c1])
-                if bias_grad:
-                    target = _cut(b.grouped(dbias), r0, r1, c0, c1)
-                    target += b.unflat(ds, r1 - r0).sum_to_size(target.shape)
-            b.put_rows(b.grouped(dq), drows.mul_(b.scale), r0, r1)
-        return (
-            dq,
-            dk.view(k.shape).to(k.dtype),
-            dv.view(v.shape).to(v.dtype),
-            dbias.to(bias.dtype) if bias_grad else dbias,
-        )
+        if bias_grad:
+            b.dbias = torch.zeros_like(bias, dtype=b.dtype)
+        dq, dk, dv = differentiate(b, dout, out, lse, q, k, v)
+        return dq, dk, dv, q.new_zeros(0) if b.dbias is None else b.dbias.to(bias.dtype)
+
+
+def differentiate(
+    b: Blocks, dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `b.spread` sees the gradient of every block of scores."""
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = torch.zeros_like(b.k), torch.zeros_like(b.v)
+    for r0, r1 in b.row_blocks():
+        rows = b.take_rows(b.q, r0, r1) * b.scale
+        d = b.take_rows(b.grouped(dout), r0, r1)
+        stats = b.take_rows(b.grouped(lse).unsqueeze(-1), r0, r1)
+        mean = (d * b.take_rows(b.grouped(out), r0, r1)).sum(dim=-1, keepdim=True)
+        drows = torch.zeros_like(rows)
+        for c0, c1 in b.key_blocks(r0, r1):
+            p = b.scores(rows, r0, r1, c0, c1).sub_(stats).exp_()
+            kept = b.kept(p)
+            dp = torch.bmm(d, b.v[:, c0:c1].transpose(1, 2))
+            if kept is not None:
+                dp *= kept
+            ds = dp.sub_(mean).mul_(p)
+            if kept is not None:
+                p *= kept
+            dv[:, c0:c1].baddbmm_(p.transpose(1, 2), d)
+            dk[:, c0:c1].baddbmm_(ds.transpose(1, 2), rows)
+            drows.baddbmm_(ds, b.k[:, c0:c1])
+            b.spread(ds, rows, drows, r0, r1, c0, c1)
+        b.put_rows(b.grouped(dq), drows.mul_(b.scale), r0, r1)
+    return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
 
 _op = torch.library.custom_op(
