@@ -8,6 +8,7 @@ from torch import nn
 
 import core_attn
 from core_attn.contract import Growth, Pattern
+from core_attn.einsums import Cascade
 from core_attn.mechanisms.heads import MultiHeadMixer
 from core_attn.testing import CHECKS, CheckFailedError, Outcome, check_mechanism
 from core_attn.testing.growth import CountingMode, count, expected_exponent, exponent
@@ -20,9 +21,9 @@ def test_an_honest_mechanism_passes(toy):
     report = check_mechanism(toy)
     assert report.passed
     assert [r.name for r in report] == list(CHECKS)
-    assert {r.name for r in report if r.outcome is Outcome.NOT_CLAIMED} == {"backends", "decoding"}
+    assert {r.name for r in report if r.outcome is Outcome.NOT_CLAIMED} == {"backends", "decoding", "cost"}
     assert report["growth_time"].detail.startswith("claimed L^2; exponent 1.99")
-    assert "toy: 19 passed, 0 failed, 2 not claimed" in str(report)
+    assert "toy: 19 passed, 0 failed, 3 not claimed" in str(report)
     assert report.to_dict()["results"][0]["outcome"] == "passed"
 
 
@@ -346,3 +347,90 @@ def test_counting():
     fft = [count(lambda n=n: torch.fft.rfft(torch.ones(n))).work for n in (2048, 4096)]
     assert exponent(fft) == pytest.approx(expected_exponent(Growth.LOGLINEAR, 4096), abs=0.05)
     assert CountingMode().work == 0
+
+
+def test_flops_are_counted_apart_from_elementwise_work():
+    """Products of matrices, dense and by index, attention kernels and transforms; nothing else."""
+    a, table = torch.randn(30, 20), torch.randn(50, 8)
+    assert count(lambda: (a @ a.mT).exp().sum()).flops == 2 * 30 * 30 * 20
+    assert count(lambda: torch.softmax(a, -1).cumsum(0)).flops == 0
+    heads = torch.randn(1, 2, 16, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert count(lambda: attention(heads, heads, heads)).flops == 2 * 2 * 2 * 16 * 16 * 4
+    assert count(lambda: attention(heads, heads, heads, is_causal=True)).flops == 2 * 2 * 2 * 16 * 16 * 4
+    places, weights = torch.randint(50, (7, 3)), torch.rand(7, 3)
+    bag = count(lambda: torch.nn.functional.embedding_bag(places, table, per_sample_weights=weights, mode="sum"))
+    assert bag.flops == 2 * 7 * 3 * 8
+    real, whole = torch.randn(6, 64), torch.randn(6, 64, dtype=torch.complex64)
+    assert count(lambda: torch.fft.fft(whole)).flops == 5 * 6 * 64 * 6
+    assert count(lambda: torch.fft.rfft(real)).flops == 2.5 * 6 * 64 * 6
+    assert count(lambda: torch.fft.irfft(torch.fft.rfft(real))).flops == 2 * 2.5 * 6 * 64 * 6
+
+
+COSTS = {"flops": "4*B*(L + M)*C**2 + 4*B*H*P*D", "bytes": "E*(B*(2*L + X)*C + 4*C**2)"}
+
+
+def costs(variant, **changed):
+    cascade = Cascade(**{"einsums": ("O[l,d] = A[l,m] * V[m,d]",), "passes": 3, **COSTS, **changed})
+    return check_mechanism(variant(cascade=cascade), only=["cost"], raise_on_failure=False)["cost"]
+
+
+def test_cost(variant):
+    """A right formula passes with the ratio that masking costs; one of something else is told so."""
+    right = costs(variant)
+    assert right.outcome is Outcome.PASSED
+    assert "noncausal_self 1.00, 1.00; causal_self 1.89, 1.94; noncausal_cross 1.00, 1.00" in right.detail
+    for flops in (
+        "4*B*(L + M)*C**2 + 8*B*H*P*D",
+        "4*B*(L + M)*C**2",
+        "4*(L + M)*C**2 + 4*H*P*D",
+    ):
+        assert "FLOPs are counted" in costs(variant, flops=flops).detail
+    assert "inputs, output and weights hold" in costs(variant, bytes="E*C").detail
+    assert "gives 0 FLOPs" in costs(variant, flops="L - L").detail
+    assert "'Z', which is neither a standard symbol nor explained" in costs(variant, flops="Z").detail
+    assert "needs a size for 'Z'" in costs(variant, flops="Z", symbols={"Z": "a width"}).detail
+    assert "at least one pass" in costs(variant, passes=0).detail
+
+
+def test_every_rank_of_grid_is_tested(variant):
+    """A mechanism that is wrong for one rank only is found, and the report says for which."""
+
+    class Grids(variant(grid_ranks=frozenset({1, 2, 3}))):
+        wrong: int = 0
+
+        def side_input(self, q, k, *, x, query_padding_mask, grid, generator):
+            assert grid is not None
+            return grid
+
+        def attend(self, q, k, v, *, key_padding_mask, aux):
+            out = super().attend(q, k, v, key_padding_mask=key_padding_mask, aux=None)
+            return out * float("nan") if len(aux) == self.wrong else out
+
+    assert check_mechanism(Grids, only=["shape", "cost", "lengths"], raise_on_failure=False).passed
+    broken = type("WrongIn3D", (Grids,), {"wrong": 3})
+    report = check_mechanism(broken, only=["lengths"], raise_on_failure=False)
+    assert report["lengths"].detail.startswith("grid of rank 3: ")
+    assert check_mechanism(broken, only=["lengths"], grid_rank=2).passed
+    with pytest.raises(ValueError, match="takes no grid of rank 4"):
+        check_mechanism(Grids, grid_rank=4)
+
+
+def test_counts_leave_out_kernels_whose_inside_is_unseen():
+    """Else a mechanism would seem cheaper wherever its compiled kernel runs."""
+    from core_attn import dispatch
+
+    held = dict(dispatch._OPERATORS)
+    operator = dispatch.Operator(
+        "kernels", [dispatch.Backend("cpu", lambda q, k, v: "cpu"), dispatch.Backend("torch", lambda q, k, v: "torch")]
+    )
+    x = torch.zeros(1, 1, 1, 1)
+    try:
+        assert operator(x, x, x) == "cpu"
+        with dispatch.without("cpu", "triton"):
+            assert operator(x, x, x) == "torch"
+            assert operator(x, x, x, backend="cpu") == "cpu"
+        assert operator(x, x, x) == "cpu"
+    finally:
+        dispatch._OPERATORS.clear()
+        dispatch._OPERATORS.update(held)

@@ -69,7 +69,18 @@ def test_every_fact_and_check_is_on_the_page():
     identity = {"name", "title", "source", "year"}
     for fact in set(MechanismInfo.__dataclass_fields__) - identity:
         assert f"`{fact}`" in page, f"{fact} is not explained"
-    for check in ("causal", "padding", "maps", "decoding", "determinism", "batch", "growth_time", "backends", "inputs"):
+    for check in (
+        "causal",
+        "padding",
+        "maps",
+        "decoding",
+        "determinism",
+        "batch",
+        "growth_time",
+        "backends",
+        "inputs",
+        "cost",
+    ):
         assert check in CHECKS
         assert f"`{check}`" in page
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core_attn import dispatch, ops, registry
 from core_attn.contract import FeatureGate, Mechanism, MechanismInfo, Pattern, TokenMixer
+from core_attn.einsums import Cascade
 from core_attn.naming import unknown
 
 
@@ -214,11 +215,12 @@ class Description:
             rows.append(("backends", ", ".join(self.backends) or "-"))
         width = max(len(key) for key, _ in rows)
         table = "\n".join(f"  {key:<{width}}  {value}" for key, value in rows)
-        return f"{info.name}\n{table}\n\n{self.text}".rstrip()
+        costs = "" if info.cascade is None else f"\n\n{_cascade_text(info.cascade)}"
+        return f"{info.name}\n{table}\n\n{self.text}".rstrip() + costs
 
 
 def describe(name: str) -> Description:
-    """Everything known of a mechanism: paper, patterns, costs, options with defaults, operator and backends.
+    """Everything known of a mechanism: paper, patterns, options, operator, backends, its einsums and their costs.
 
     Raises:
         UnknownNameError: no such mechanism; the message names the nearest.
@@ -336,7 +338,8 @@ def facts(info: MechanismInfo) -> dict[str, Any]:
     held = {key: getattr(info, key) for key in info.__dataclass_fields__}
     held["patterns"] = sorted(p.value for p in info.patterns)
     held["grid_ranks"] = sorted(info.grid_ranks)
-    held["cascade"] = None if info.cascade is None else dataclasses.asdict(info.cascade)
+    if info.cascade is not None:
+        held["cascade"] = {**dataclasses.asdict(info.cascade), "symbols": info.cascade.meaning()}
     return {key: str(value) if isinstance(value, str) else value for key, value in held.items()}
 
 
@@ -387,6 +390,23 @@ def _signature(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return f"{function.__name__}{signature.replace(parameters=bare, return_annotation=signature.empty)}"
+
+
+def _cascade_text(cascade: Cascade) -> str:
+    """The cascade with its costs and what their letters mean, for people."""
+    meaning = cascade.meaning()
+    width = max(map(len, meaning), default=0)
+    return "\n".join(
+        [
+            "As einsums, in order:",
+            *[f"  {einsum}" for einsum in cascade.einsums],
+            f"Passes over the keys: {cascade.passes}",
+            f"FLOPs of forward: {cascade.flops}",
+            f"Bytes moved at least: {cascade.bytes}",
+            "where",
+            *[f"  {symbol:<{width}}  {meaning[symbol]}" for symbol in meaning],
+        ]
+    )
 
 
 def _words(pattern: Pattern) -> str:

@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     p.add_argument("--format", choices=("table", "json"), default="table")
 
-    p = command("describe", "one mechanism: paper, patterns, costs, options, operator, backends", _describe)
+    text = "one mechanism: paper, patterns, options, operator, backends, einsums with FLOPs and bytes"
+    p = command("describe", text, _describe)
     p.add_argument("name", help="registered name, or path/to/file.py:ClassName (runs that file)")
     p.add_argument("--format", choices=("text", "json"), default="text")
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", type=_names, default=[], help="names of checks to leave out, separated by commas")
     p.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     p.add_argument("--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help="of the mechanism")
+    p.add_argument("--grid-rank", type=int, help="rank of the inputs' grids (default: all that it declares)")
     p.add_argument("--format", choices=("text", "json"), default="text")
 
     p = command("explain", "which backend would run for a call, and why each other would not", _explain)
@@ -213,7 +215,13 @@ def _check(args: argparse.Namespace) -> int:
     reports = []
     for name in args.name:
         report = check_mechanism(
-            name, only=args.only, skip=args.skip, seed=args.seed, raise_on_failure=False, **dict(args.option)
+            name,
+            only=args.only,
+            skip=args.skip,
+            seed=args.seed,
+            raise_on_failure=False,
+            grid_rank=args.grid_rank,
+            **dict(args.option),
         )
         reports.append(report)
         if args.format == "text":

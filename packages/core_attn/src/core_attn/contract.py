@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from core_attn.einsums import Cascade
+from core_attn.einsums import Cascade, pairs_read
 
 
 class Pattern(StrEnum):
@@ -159,19 +159,18 @@ class TokenMixer(Mechanism):
         """
         keys = length if context is None else context
         heads = getattr(self, "heads", 1)
-        pairs: float = length * keys
-        if self.causal:
-            pairs = sum(min(max(i + 1 + keys - length, 0), keys) for i in range(length))
+        parameter = next(self.parameters(), None)
         return {
             "B": batch,
             "H": heads,
             "G": getattr(self, "kv_heads", heads),
             "L": length,
             "M": keys,
+            "X": 0 if context is None else keys,
             "C": self.dim,
             "D": getattr(self, "head_dim", self.dim // heads),
-            "P": pairs,
-            "E": 4,
+            "P": pairs_read(length, keys, right=0 if self.causal else None),
+            "E": 4 if parameter is None else parameter.element_size(),
         }
 
     def check_inputs(

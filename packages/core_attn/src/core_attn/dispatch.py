@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,6 +135,19 @@ class Choice:
 
 
 _OPERATORS: dict[str, Operator] = {}
+_left_out: frozenset[str] = frozenset()
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Inside the block "auto" takes no backend of these names, in any operator; by name they still run."""
+    global _left_out
+    before = _left_out
+    _left_out = before | {*names}
+    try:
+        yield
+    finally:
+        _left_out = before
 
 
 class Operator:
@@ -179,7 +193,7 @@ class Operator:
             return named
         able = None
         for candidate in self.backends:
-            if candidate.why_not(request) is None:
+            if candidate.name not in _left_out and candidate.why_not(request) is None:
                 if candidate.pass_over(request) is None:
                     return candidate
                 able = able or candidate

@@ -20,6 +20,7 @@ SYMBOLS = {
     "G": "key heads",
     "L": "queries",
     "M": "keys",
+    "X": "keys of another sequence than the queries': M in cross attention, 0 in self attention",
     "C": "channels",
     "D": "channels of a head",
     "P": "pairs of a query and a key that a head reads",
@@ -43,10 +44,14 @@ class Cascade:
     Attributes:
         einsums: one a line, such as "S[b,h,l,m] = Q[b,h,l,d] * K[b,h,m,d]". A letter on the right that is missing on
             the left is summed over, or reduced as the operation before the bracket says: "max[m] S[b,h,l,m]".
-        passes: how often the algorithm as implemented goes over all the keys that a query reads (FlashAttention: 1).
+        passes: how often the algorithm as implemented goes over all the keys that a query reads: 3 where the largest
+            score, the sum of the weights and the weighted sum each need one, 1 where running values of all three are
+            corrected on the way (FlashAttention), so that the fast memory needed does not grow with the keys.
         flops: multiplications and additions of matrix products in forward, projections included: arithmetic in
-            the symbols, such as "8*B*L*C**2 + 4*B*H*P*D".
-        bytes: what must be moved at least: reading inputs and weights, writing outputs, such as "E*(2*B*L*C + 4*C**2)".
+            the symbols, such as "4*B*(L + M)*C**2 + 4*B*H*P*D". Products by index count as products, Fourier
+            transforms as 5 N log2 N, or half of that where one side is real; elementwise work does not count.
+        bytes: what must be moved at least: reading inputs and weights, writing outputs, such as
+            "E*(B*(2*L + X)*C + 4*C**2)".
         symbols: meaning of the symbols that are not in `SYMBOLS`.
     """
 
@@ -68,6 +73,16 @@ class Cascade:
             if name not in known:
                 raise ValueError(f"the formula uses {name!r}, which is neither a standard symbol nor explained")
         return {name: known[name] for name in used}
+
+
+def pairs_read(queries: int, keys: int, *, left: int | None = None, right: int | None = None) -> int:
+    """Pairs of a query and a key when query i, at position i + M - L, reads `left` keys before it and `right` after it.
+
+    None means all of that side; causal attention is `right=0`.
+    """
+    first = [0 if left is None else max(0, i + keys - queries - left) for i in range(queries)]
+    last = [keys if right is None else min(keys, i + keys - queries + right + 1) for i in range(queries)]
+    return sum(max(0, b - a) for a, b in zip(first, last))
 
 
 def evaluate(formula: str, sizes: Mapping[str, float]) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from core_attn import api
+from core_attn import api, dispatch, einsums
 from core_attn.contract import Growth, Pattern, TokenMixer
 from core_attn.dispatch import BackendError
 from core_attn.maps import capture, edit
@@ -50,6 +50,12 @@ BACKEND_LENGTHS = (65, 7, 1)
 GROWTH_LENGTHS = {True: (256, 512, 1024, 2048), False: (512, 1024, 2048, 4096)}
 # How far the measured exponent may lie from the claimed order's: above it the claim is false; far below, too modest.
 GROWTH_ABOVE, GROWTH_BELOW = 0.15, 0.4
+COST_LENGTHS = (512, 1000)
+# Measured over formula: causal kernels that compute the whole square do twice the pairs that are read, and blocks at a
+# window's edges some more; less than the formula says would be a formula of something else.
+COST_LEAST, COST_MOST = 0.95, 2.5
+# Kernels whose inside cannot be counted; what is counted is the form in PyTorch that does the same work.
+UNCOUNTED = ("cpu", "triton", "flash_attn", "flex")
 
 
 def check_mechanism(
@@ -73,7 +79,8 @@ def check_mechanism(
         only, skip: names of checks to run or to leave out; `core_attn.testing.CHECKS` names them all.
         raise_on_failure: raise `CheckFailedError`, which holds the report, when a check fails.
         seed: of weights and inputs.
-        grid_rank: rank of the grids of its inputs; the smallest that it declares by default.
+        grid_rank: rank of the grids of its inputs. By default every rank that it declares is tested by the checks
+            where the grid matters (`GRID_CHECKS`), and the smallest by the others.
         options: options of the mechanism; dim (default 16) and heads (2) may be set too.
 
     Returns:
@@ -93,6 +100,9 @@ def check_mechanism(
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
     subject = Subject(target, options, seed, grid_rank)
+    subjects = [subject]
+    if grid_rank is None:
+        subjects += [Subject(target, options, seed, rank) for rank in sorted(subject.info.grid_ranks)[1:]]
     results = []
     for name, check in CHECKS.items():
         if (only is not None and name not in only) or name in skip:
@@ -100,13 +110,28 @@ def check_mechanism(
         start = time.perf_counter()
         # Whatever random state the checks use, the caller's own is left as it was.
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            outcome, detail = _outcome(check, subject)
+            outcome, detail = _for_every_rank(check, subjects if name in GRID_CHECKS else [subject], seed)
         results.append(CheckResult(name, outcome, detail, time.perf_counter() - start))
     report = CheckReport(subject.info.name, tuple(results))
     if raise_on_failure and not report.passed:
         raise CheckFailedError(report)
     return report
+
+
+def _for_every_rank(check: Callable[[Subject], str], subjects: Sequence[Subject], seed: int) -> tuple[Outcome, str]:
+    """One outcome for all ranks of grids: the first failure, or what each rank gave."""
+    details: dict[int, str] = {}
+    for subject in subjects:
+        torch.manual_seed(seed)
+        outcome, detail = _outcome(check, subject)
+        if len(subjects) > 1 and outcome is Outcome.FAILED:
+            detail = f"grid of rank {subject.grid_rank}: {detail}"
+        if outcome is not Outcome.PASSED:
+            return outcome, detail
+        details[subject.grid_rank] = detail
+    if len(set(details.values())) == 1:
+        return Outcome.PASSED, next(iter(details.values()))
+    return Outcome.PASSED, "; ".join(f"rank {rank}: {detail}" for rank, detail in details.items())
 
 
 def _outcome(check: Callable[[Subject], str], subject: Subject) -> tuple[Outcome, str]:
@@ -633,6 +658,47 @@ def check_growth_memory(s: Subject) -> str:
     return _growth(s, "memory", s.info.memory, most, lambda c: c.peak_bytes)
 
 
+def check_cost(s: Subject) -> str:
+    """The formulas of the cascade give the FLOPs that forward is counted to take, and the bytes it cannot avoid."""
+    cascade = s.info.cascade
+    if cascade is None:
+        raise NotClaimed("no cascade is declared")
+    cascade.meaning()
+    if cascade.passes < 1 or not cascade.einsums:
+        raise Broken("a cascade has einsums and at least one pass over the keys")
+    shown = []
+    for pattern in s.patterns:
+        mixer = s.make(pattern, torch.float32)
+        ratios = []
+        for length in s.lengths(*COST_LENGTHS):
+            context = 2 * length if is_cross(pattern) else None
+            call = s.inputs(pattern, length, context=context, dtype=torch.float32)
+            with torch.no_grad(), dispatch.without(*UNCOUNTED):
+                counted = growth.count(partial(run, mixer, call))
+            sizes = mixer.sizes(batch=2, length=length, context=context, grid=call.get("grid"))
+            formula = einsums.evaluate(cascade.flops, sizes)
+            where = f"{pattern}, L={length}" + (f", M={context}" if context else "")
+            if not formula > 0:
+                raise Broken(f"{where}: {cascade.flops} gives {formula:.3g} FLOPs")
+            ratio = counted.flops / formula
+            if not COST_LEAST <= ratio <= COST_MOST:
+                raise Broken(
+                    f"{where}: {counted.flops:.4g} FLOPs are counted, {cascade.flops} gives {formula:.4g}: "
+                    f"{ratio:.2f} times, allowed {COST_LEAST} to {COST_MOST}"
+                )
+            ratios.append(f"{ratio:.2f}")
+            # Inputs, output and weights, each once: what any implementation moves.
+            held = [*mixer.parameters(), call["x"], call["x"], *([call["context"]] if context else [])]
+            least = sum(t.numel() * t.element_size() for t in held)
+            moved = einsums.evaluate(cascade.bytes, sizes)
+            if not 0.5 * least <= moved <= 2 * least:
+                raise Broken(
+                    f"{where}: inputs, output and weights hold {least} bytes, {cascade.bytes} gives {moved:.4g}"
+                )
+        shown.append(f"{pattern} {', '.join(ratios)}")
+    return f"counted / formula: {'; '.join(shown)}"
+
+
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "facts": check_facts,
     "shape": check_shape,
@@ -655,7 +721,12 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "export": check_export,
     "growth_time": check_growth_time,
     "growth_memory": check_growth_memory,
+    "cost": check_cost,
 }
+# Where the rank of the grid can change the outcome.
+GRID_CHECKS = frozenset(
+    {"shape", "lengths", "strides", "batch", "causal", "padding", "precision", "backends", "gradients", "maps", "cost"}
+)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
@@ -692,7 +763,8 @@ def _counted(s: Subject, pattern: Pattern) -> list[growth.Count]:
         for length in _growth_lengths(s):
             call = s.inputs(pattern, length, batch=1, context=length, dim=mixer.dim, dtype=torch.float32)
             torch.manual_seed(0)
-            kept[pattern].append(growth.count(partial(_train_step, mixer, with_grad(call))))
+            with dispatch.without(*UNCOUNTED):
+                kept[pattern].append(growth.count(partial(_train_step, mixer, with_grad(call))))
     return kept[pattern]
 
 

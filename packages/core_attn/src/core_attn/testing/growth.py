@@ -23,6 +23,8 @@ _READS_PLACES = {aten.gather, aten.index, aten.index_select, aten.embedding, ate
 _WRITES_PLACES = {aten.index_put_, aten.scatter_, aten.scatter_add_, aten.index_add_, aten.index_copy_}
 _FFT = {aten._fft_r2c, aten._fft_c2r, aten._fft_c2c}
 _SORTS = {aten.sort, aten.topk, aten.argsort}
+# Sparse products: rows chosen by index times weights, or times other rows.
+_BAGS = {aten._embedding_bag, aten._embedding_bag_forward_only, aten._embedding_bag_per_sample_weights_backward}
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,14 @@ class Count:
         work: floating point operations of matrix products, attention kernels and transforms, plus the elements that
             every other operation reads and writes.
         peak_bytes: the most bytes alive at once, of tensors made during the computation.
+        flops: the floating point operations alone: 2 n m k of a product of matrices, attention kernels over the whole
+            square even where causal, 2 of each element that a sparse product by index reads, and of transforms
+            5 N log2 N, half of that where one side is real.
     """
 
     work: float
     peak_bytes: int
+    flops: float
 
 
 class CountingMode(TorchDispatchMode):
@@ -45,6 +51,7 @@ class CountingMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.work = 0.0
+        self.flops = 0.0
         self.bytes = 0
         self.peak_bytes = 0
         self._live: dict[int, Any] = {}
@@ -62,7 +69,11 @@ class CountingMode(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if not _is_view(func):
-            self.work += _work(func, args, kwargs, out, outputs)
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            products = _products(func, args, kwargs, out, inputs)
+            transforms = _transforms(func, args, inputs, outputs)
+            self.flops += products + transforms
+            self.work += products or transforms or _touched(func, inputs, outputs)
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in outputs:
             if t.untyped_storage()._cdata not in given:  # views, and results written in place, take no new memory
@@ -91,7 +102,7 @@ def count(computation: Callable[[], Any]) -> Count:
     with mode:
         kept = computation()
     del kept
-    return Count(mode.work, mode.peak_bytes)
+    return Count(mode.work, mode.peak_bytes, mode.flops)
 
 
 def exponent(figures: Sequence[float]) -> float:
@@ -111,21 +122,37 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _work(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, outputs: Sequence[Tensor]) -> float:
+def _products(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, inputs: Sequence[Tensor]) -> float:
+    """FLOPs of dense and sparse products of matrices; 0 for everything else."""
     packet = func._overloadpacket
     if packet in flop_registry:
         return float(flop_registry[packet](*args, **kwargs, out_val=out))
-    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    written = sum(t.numel() for t in outputs)
     if "scaled_dot_product" in packet.__name__:  # kernels that torch's own table lacks: q, k, v come first
         backward = "backward" in packet.__name__
         q, k, v = inputs[1:4] if backward else inputs[:3]
         products = q.shape[:-1].numel() * k.shape[-2]
         return 2.0 * products * (q.shape[-1] + v.shape[-1]) * (2.5 if backward else 1)
-    if packet in _FFT:
-        size = max(max(t.numel() for t in inputs), written)
-        points = math.prod(max(inputs[0].shape[d], outputs[0].shape[d]) for d in args[1])
-        return size * max(1.0, math.log2(max(points, 2)))
+    if packet in _BAGS:
+        rows, indices = (inputs[1], inputs[2]) if "backward" in packet.__name__ else inputs[:2]
+        return 2.0 * indices.numel() * rows.shape[-1]
+    return 0.0
+
+
+def _transforms(func: Any, args: Sequence[Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """FLOPs of Fourier transforms by the customary 5 N log2 N, half where one side is real; 0 for everything else."""
+    packet = func._overloadpacket
+    if packet not in _FFT:
+        return 0.0
+    # The side of full length: a real transform keeps only half of the frequencies.
+    elements = max(t.numel() for t in [*inputs, *outputs])
+    points = math.prod(max(inputs[0].shape[d], outputs[0].shape[d]) for d in args[1])
+    return (5.0 if packet is aten._fft_c2c else 2.5) * elements * max(1.0, math.log2(max(points, 2)))
+
+
+def _touched(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Elements that an operation without products reads and writes."""
+    packet = func._overloadpacket
+    written = sum(t.numel() for t in outputs)
     if packet in _SORTS:
         return inputs[0].numel() * max(1.0, math.log2(max(inputs[0].shape[-1] if inputs[0].dim() else 1, 2)))
     if packet in _READS_PLACES:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from core_attn import ops
 from core_attn.contract import Growth, Pattern
+from core_attn.einsums import Cascade
 from core_attn.mechanisms.heads import MultiHeadMixer
 from core_attn.ops.flow import FlowState, flow_attention_step
+from core_attn.ops.flow.chunked import chunk_length
 from core_attn.ops.flow.reference import flow_map
 from core_attn.registry import register
 
@@ -30,6 +32,32 @@ from core_attn.registry import register
     constant_state=True,
     padding=True,
     maps=True,
+    cascade=Cascade(
+        einsums=(
+            "P[b,h,l,d] = sigmoid(Q[b,h,l,d])",
+            "R[b,h,m,d] = sigmoid(K[b,h,m,d])",
+            "keys[b,h,d] = R[b,h,m,d]",
+            "queries[b,h,d] = P[b,h,l,d]",
+            "incoming[b,h,l] = P[b,h,l,d] * keys[b,h,d]",
+            "outgoing[b,h,m] = R[b,h,m,d] * queries[b,h,d]",
+            "out_keys[b,h,d] = R[b,h,m,d] / outgoing[b,h,m]",
+            "in_queries[b,h,d] = P[b,h,l,d] / incoming[b,h,l]",
+            "sink[b,h,l] = P[b,h,l,d] * out_keys[b,h,d]",
+            "source[b,h,m] = R[b,h,m,d] * in_queries[b,h,d]",
+            "C[b,h,m] = M * softmax[m] source[b,h,m]",
+            "Z[b,h,d,e] = R[b,h,m,d] * C[b,h,m] * V[b,h,m,e]",
+            "Y[b,h,l,e] = P[b,h,l,d] * Z[b,h,d,e]",
+            "O[b,h,l,e] = sigmoid(L / M * sink[b,h,l]) * Y[b,h,l,e] / incoming[b,h,l]",
+        ),
+        # The source of a key needs the sum over all keys first.
+        passes=2,
+        flops="4*B*(L + M)*C**2 + 2*B*H*(L + M)*D**2 + F*B*H*(L + M)*D + 4*B*H*L*T*D",
+        bytes="E*(B*(2*L + X)*C + 4*C**2)",
+        symbols={
+            "F": "4 where the flows are products of matrices (noncausal), 0 where they are running sums (causal)",
+            "T": "keys of its chunk that a query meets in the causal form, 0 in the noncausal",
+        },
+    ),
 )
 class FlowAttention(MultiHeadMixer):
     """Attention as a flow network: keys compete for the outflow, queries share out the inflow, in linear time.
@@ -96,6 +124,13 @@ class FlowAttention(MultiHeadMixer):
             key_padding_mask=key_padding_mask,
             query_padding_mask=aux,
         )
+
+    def sizes(
+        self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
+    ) -> dict[str, float]:
+        sizes = super().sizes(batch=batch, length=length, context=context, grid=grid)
+        chunk = chunk_length(length, self.head_dim) if self.causal else 0
+        return {**sizes, "F": 0 if self.causal else 4, "T": chunk}
 
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

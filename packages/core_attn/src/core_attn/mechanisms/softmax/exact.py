@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core_attn.contract import Growth, Pattern
+from core_attn.einsums import Cascade, pairs_read
 from core_attn.mechanisms.heads import MultiHeadMixer
 from core_attn.ops.softmax import reference, softmax_attention, span
 from core_attn.registry import register
@@ -29,6 +30,19 @@ from core_attn.state import FullCache, WindowCache
     padding=True,
     maps=True,
     double_backward=False,
+    cascade=Cascade(
+        einsums=(
+            "S[b,h,l,m] = scale * Q[b,h,l,d] * K[b,g,m,d]",
+            "top[b,h,l] = max[m] S[b,h,l,m]",
+            "W[b,h,l,m] = exp(S[b,h,l,m] - top[b,h,l])",
+            "sum[b,h,l] = W[b,h,l,m]",
+            "Y[b,h,l,d] = W[b,h,l,m] * V[b,g,m,d]",
+            "O[b,h,l,d] = Y[b,h,l,d] / sum[b,h,l]",
+        ),
+        passes=1,
+        flops="4*B*L*C**2 + 4*B*M*C*G*D + 4*B*H*P*D",
+        bytes="E*(B*(2*L + X)*C + 2*C**2 + 2*C*G*D)",
+    ),
 )
 class SoftmaxAttention(MultiHeadMixer):
     """Each token reads a weighted mean of all tokens: softmax(q kᵀ / √D) v in every head (eq. 1).
@@ -106,6 +120,15 @@ class SoftmaxAttention(MultiHeadMixer):
 
     def attention_map(self, q: Tensor, k: Tensor, *, key_padding_mask: Tensor | None, aux: Any) -> Tensor:
         return reference.weights(self.attention_scores(q, k, key_padding_mask=key_padding_mask))
+
+    def sizes(
+        self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
+    ) -> dict[str, float]:
+        sizes = super().sizes(batch=batch, length=length, context=context, grid=grid)
+        if self.window is not None:
+            left, right = self.window
+            sizes["P"] = pairs_read(length, int(sizes["M"]), left=left, right=0 if self.causal else right)
+        return sizes
 
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

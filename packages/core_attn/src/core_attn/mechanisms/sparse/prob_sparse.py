@@ -12,10 +12,12 @@ from torch import Tensor
 
 from core_attn import ops
 from core_attn.contract import Growth, Pattern
+from core_attn.einsums import Cascade
 from core_attn.mechanisms.heads import MultiHeadMixer
 from core_attn.naming import unknown
 from core_attn.ops.prob_sparse import SELECTIONS, fixed_keys, sample_keys
-from core_attn.ops.prob_sparse.reference import prob_sparse_map
+from core_attn.ops.prob_sparse.reference import doubling_blocks, prob_sparse_map
+from core_attn.ops.prob_sparse.sampling import budget
 from core_attn.registry import register
 
 
@@ -30,6 +32,23 @@ from core_attn.registry import register
     maps=True,
     selects=True,
     stochastic=True,
+    cascade=Cascade(
+        einsums=(
+            "S[b,h,l,u] = Q[b,h,l,d] * K[b,h,index[l,u],d]",
+            "measure[b,h,l] = max[u] S[b,h,l,u] - S[b,h,l,u] / M",
+            "chosen[b,h,a] = top[l] measure[b,h,l]",
+            "T[b,h,a,m] = scale * Q[b,h,chosen[b,h,a],d] * K[b,h,m,d]",
+            "A[b,h,a,m] = softmax[m] T[b,h,a,m]",
+            "mean[b,h,d] = V[b,h,m,d] / M",
+            "O[b,h,l,d] = mean[b,h,d]",
+            "O[b,h,chosen[b,h,a],d] = A[b,h,a,m] * V[b,h,m,d]",
+        ),
+        # Sampled keys to choose, then largest score, sum of weights and values of the chosen queries.
+        passes=4,
+        flops="4*B*(L + M)*C**2 + 2*B*H*L*U*D + 4*B*H*P*D",
+        bytes="E*(B*(2*L + X)*C + 4*C**2)",
+        symbols={"U": "sampled keys that measure a query"},
+    ),
 )
 class ProbSparseAttention(MultiHeadMixer):
     """The queries whose attention is far from uniform attend; the others read the mean of the values.
@@ -85,6 +104,16 @@ class ProbSparseAttention(MultiHeadMixer):
             index=aux,
             backend=self.backend,
         )
+
+    def sizes(
+        self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
+    ) -> dict[str, float]:
+        sizes = super().sizes(batch=batch, length=length, context=context, grid=grid)
+        keys, count = int(sizes["M"]), budget(length, self.factor)
+        pairs = count * keys
+        if self.causal and self.selection == "causal":
+            pairs = sum(min(count, end - start) * end for start, end in doubling_blocks(length, count))
+        return {**sizes, "U": budget(keys, self.factor), "P": pairs}
 
     def attention_map(self, q: Tensor, k: Tensor, *, key_padding_mask: Tensor | None, aux: Any) -> Tensor:
         return prob_sparse_map(q, k, index=aux, causal=self.causal, factor=self.factor, selection=self.selection)

@@ -142,10 +142,15 @@ def _causal(
     return out, after
 
 
+def chunk_length(length: int, width: int) -> int:
+    """Tokens of a chunk of the causal product, for heads of `width` channels."""
+    return min(max(_CHUNK, width), length)
+
+
 def _causal_product(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum over j <= i of (q_i k_j) v_j, and the sum of k_j^T v_j after the last token."""
     length = q.shape[2]
-    chunk = min(max(_CHUNK, k.shape[-1]), length)
+    chunk = chunk_length(length, k.shape[-1])
     short = -length % chunk
     q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (-1, chunk)) for x in (q, k, v))
     sums = (k.transpose(-2, -1) @ v).cumsum(2)

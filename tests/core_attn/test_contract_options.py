@@ -1,16 +1,10 @@
-"""Every registered mechanism against the contract."""
+"""Mechanisms with other than their default options against the contract."""
 
 from __future__ import annotations
 
 import pytest
 
-from core_attn import registry
 from core_attn.testing import check_mechanism
-
-
-@pytest.mark.parametrize("name", registry.names())
-def test_contract(name):
-    check_mechanism(name)
 
 
 @pytest.mark.parametrize(
