@@ -23,7 +23,7 @@ export ATTN_DATA := $(shell cd ../shared/data && pwd)
 endif
 endif
 
-.PHONY: help setup demo test test-slow lint types bench clean $(foreach c,train eval compare,$(addprefix $(c)-,$(APPS)))
+.PHONY: help setup demo test test-slow test-gpu lint types bench bench-gpu clean $(foreach c,train eval compare,$(addprefix $(c)-,$(APPS)))
 
 help:  ## this list
 	@echo "Attention Atlas"
@@ -51,11 +51,26 @@ setup:  ## create .venv with everything, under constraints.txt (does nothing whe
 demo: setup  ## a real forecast, scored against baselines, with a report (a few minutes, installation included)
 	@"$(BIN)/python" -m attn_timeseries demo
 
-test: setup  ## every test but the slow ones (2 cores, under 15 minutes)
-	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+test: setup  ## every test but the slow ones and those for a GPU (2 cores, under 15 minutes)
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-slow: setup  ## the long runs: quality on real data under ATTN_DATA
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m slow $(ARGS)
+
+# On a machine with a GPU: our environment where its torch sees the card, else the machine's own Python, which needs
+# torch, triton and pytest and nothing of ours installed.
+define gpu_python
+python=""; for p in "$(BIN)/python" "$(PYTHON)"; do \
+  if "$$p" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python="$$p"; break; fi; done; \
+[ -n "$$python" ] || { echo "no Python with a torch that sees a CUDA device; name one: make $@ PYTHON=..." >&2; exit 1; }; \
+export PYTHONPATH="$(CURDIR)/packages/core_attn/src$${PYTHONPATH:+:$$PYTHONPATH}"
+endef
+
+test-gpu:  ## the kernels' tests on this machine's card, and whatever else needs one
+	@$(gpu_python); "$$python" -m pytest -m gpu $$(grep -lrE --include='test_*.py' --include='values_*.py' 'mark\.gpu\b' tests) $(ARGS)
+
+bench-gpu:  ## speed of the kernels on this machine's card, into docs/benchmarks/gpu.md
+	@$(gpu_python); "$$python" benchmarks/gpu.py $(ARGS)
 
 lint: setup  ## ruff (style, imports, bugs) and its formatter in check mode
 	@"$(BIN)/python" -m ruff check . && "$(BIN)/python" -m ruff format --check .

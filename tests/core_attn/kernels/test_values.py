@@ -1,0 +1,30 @@
+"""Runs every values_*.py beside this file in Triton's interpreter, each in a process of its own.
+
+The interpreter replaces the kernels' class when Triton is imported, so that one process cannot both interpret and
+compile. `make test-gpu` runs the same files on a card.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = sorted(Path(__file__).parent.glob("values_*.py"))
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_values_in_the_interpreter(file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=file.parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
