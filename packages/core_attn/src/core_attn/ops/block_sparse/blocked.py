@@ -75,7 +75,7 @@ class _Pieces:
     def by_key_block(self, x: Tensor) -> Tensor:
         """(B, N, M, D) -> (B·N·nk, columns, D) in the working dtype, zeros behind the last token."""
         x = F.pad(x.to(self.dtype), (0, 0, 0, self.key_blocks * self.columns - self.keys))
-        return x.reshape(-1, self.columns, x.shape[-1])
+        return x.unflatten(2, (self.key_blocks, self.columns)).flatten(0, 2)
 
     def from_key_blocks(self, x: Tensor, like: Tensor) -> Tensor:
         whole = x.view(self.batch, self.key_heads, self.key_blocks * self.columns, x.shape[-1])
@@ -85,7 +85,7 @@ class _Pieces:
         """(B, H, L, D) -> (U, G·rows, D) in the working dtype."""
         x = F.pad(x.to(self.dtype), (0, 0, 0, self.row_blocks * self.rows - self.queries), value=fill)
         x = x.view(self.batch, self.heads // self.group, self.group, self.row_blocks, self.rows, x.shape[-1])
-        return x.transpose(2, 3).reshape(-1, self.group * self.rows, x.shape[-1])
+        return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
     def from_pieces(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.view(self.batch, self.heads // self.group, self.row_blocks, self.group, self.rows, x.shape[-1])
@@ -150,10 +150,10 @@ class _Pieces:
 
     def take(self, x: Tensor, batch: _Batch) -> Tensor:
         """The key blocks of a batch side by side: (R, c·columns, D)."""
-        return x.index_select(0, batch.taken).view(len(batch.pieces), -1, x.shape[-1])
+        return x.index_select(0, batch.taken).unflatten(0, (len(batch.pieces), -1)).flatten(1, 2)
 
     def add(self, x: Tensor, batch: _Batch, increment: Tensor) -> None:
-        x.index_add_(0, batch.taken, increment.view(-1, *x.shape[1:]))
+        x.index_add_(0, batch.taken, increment.view(len(batch.taken), *x.shape[1:]))
 
     def scores(self, q: Tensor, k: Tensor, batch: _Batch) -> Tensor:
         """(R, G·rows, c·columns) scores of scaled queries, -inf where reading is not allowed."""

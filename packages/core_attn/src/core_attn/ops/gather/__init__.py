@@ -11,11 +11,12 @@ from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
 from core_attn.ops.arguments import check_qkv, default_scale, prepare_qkv
-from core_attn.ops.gather import reference
+from core_attn.ops.gather import blocked, reference
 
 OPERATOR = Operator(
     "gather_attention",
     [
+        Backend("torch", blocked.run),
         Backend("reference", reference.run, pass_over=reference.pass_over),
     ],
 )
