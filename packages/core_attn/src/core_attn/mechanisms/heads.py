@@ -49,6 +49,12 @@ class MultiHeadMixer(TokenMixer):
         """(B, H, L, M) matrix A with attend(q, k, v) = A @ v."""
         raise NotImplementedError
 
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is done to the heads (B, H, L, D), (B, Hkv, M, D), (B, Hkv, M, D) before they attend; nothing here."""
+        return q, k, v
+
     def draw(self, q: Tensor, k: Tensor, generator: torch.Generator | None) -> Any:
         """What `attend` and `attention_map` both need drawn at random; None for deterministic mechanisms."""
         return None
@@ -95,6 +101,7 @@ class MultiHeadMixer(TokenMixer):
         q = self.split_heads(self.q_proj(x))
         k = self.split_heads(self.k_proj(source))
         v = self.split_heads(self.v_proj(source))
+        q, k, v = self.prepare(q, k, v, key_padding_mask=key_padding_mask)
         query_padding_mask = key_padding_mask if context is None else None
         aux = self.side_input(q, k, x=x, query_padding_mask=query_padding_mask, grid=grid, generator=generator)
         out = self.attend(q, k, v, key_padding_mask=key_padding_mask, aux=aux)

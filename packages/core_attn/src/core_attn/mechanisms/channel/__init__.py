@@ -1,0 +1,1 @@
+"""Attention that weighs features instead of reading between tokens."""
