@@ -94,8 +94,8 @@ class KeyDrivenGroupedAttention(SoftmaxAttention):
         )
         if self.batch_wide:
             norms = norms.sum(0, keepdim=True).expand_as(norms)
-        owner = owners(norms, self.heads)[:, :, None, None]
-        return q, *(x.gather(1, owner.expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        owner = owners(norms, self.heads)[:, :, None, None].expand(-1, -1, *k.shape[2:])
+        return q, k.gather(1, owner), v.gather(1, owner)
 
 
 def owners(norms: Tensor, heads: int) -> Tensor:
