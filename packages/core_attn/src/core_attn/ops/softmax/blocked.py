@@ -27,7 +27,8 @@ _OPTIONS = (
 class Blocks:
     """One call, cut into blocks: which there are, and the masked scores of each.
 
-    Attention with more in its scores than a bias overrides `scores` and `spread`.
+    Attention with more in its scores than a bias overrides `scores` and `spread`; one that reads other keys overrides
+    `row_blocks`, `position`, `key_blocks` and `restrict`.
     """
 
     def __init__(
@@ -71,11 +72,23 @@ class Blocks:
         for r0 in range(0, self.queries, self.rows):
             yield r0, min(r0 + self.rows, self.queries)
 
+    def position(self, row: int) -> int:
+        """The key beside which a query stands."""
+        return row + self.keys - self.queries
+
     def key_blocks(self, r0: int, r1: int) -> Iterator[tuple[int, int]]:
         """The blocks of keys that rows r0 … r1 - 1 may read."""
-        offset = self.keys - self.queries
-        start = 0 if self.left is None else max(0, r0 + offset - self.left)
-        stop = self.keys if self.right is None else min(self.keys, r1 + offset + self.right)
+        yield from self.window_blocks(r0, r1, 0, self.keys)
+
+    def window_blocks(self, r0: int, r1: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The blocks of the keys start … stop - 1 that lie in the window of rows r0 … r1 - 1."""
+        if self.left is not None:
+            start = max(start, self.position(r0) - self.left)
+        if self.right is not None:
+            stop = min(stop, self.position(r1 - 1) + 1 + self.right)
+        yield from self.columns_between(start, stop)
+
+    def columns_between(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         for c0 in range(start, stop, self.columns):
             yield c0, min(c0 + self.columns, stop)
 
@@ -93,19 +106,19 @@ class Blocks:
         if self.bias is not None:
             whole += _cut(self.bias, r0, r1, c0, c1)
         for mask in self.masks:
-            _lower(whole, _ceiling(_cut(mask, r0, r1, c0, c1)))
-        # Only the columns at a window's two edges hold forbidden keys; the rest needs no mask.
-        first = r0 + self.keys - self.queries
-        last = r1 - 1 + self.keys - self.queries
+            lower(whole, ceiling(_cut(mask, r0, r1, c0, c1)))
+        self.restrict(whole, r0, r1, c0, c1)
+        return s
+
+    def restrict(self, scores: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
+        """Forbid in place what lies outside the window: only columns at its two edges, the rest needs no mask."""
+        first, last = self.position(r0), self.position(r1 - 1)
         if self.right is not None and c1 - 1 > first + self.right:
             edge = max(c0, first + self.right + 1)
-            _lower(
-                whole[..., edge - c0 :], self.triangle(r1 - r0, c1 - edge, first + self.right + 1 - edge, upper=True)
-            )
+            lower(scores[..., edge - c0 :], self.triangle(r1 - r0, c1 - edge, first + self.right + 1 - edge, upper=True))
         if self.left is not None and c0 < last - self.left:
             edge = min(c1, last - self.left)
-            _lower(whole[..., : edge - c0], self.triangle(r1 - r0, edge - c0, first - self.left - 1 - c0, upper=False))
-        return s
+            lower(scores[..., : edge - c0], self.triangle(r1 - r0, edge - c0, first - self.left - 1 - c0, upper=False))
 
     def spread(self, ds: Tensor, rows: Tensor, drows: Tensor, r0: int, r1: int, c0: int, c1: int) -> None:
         """Hand on the gradient `ds` of a block's scores to whatever `scores` added to q kᵀ."""
@@ -118,7 +131,7 @@ class Blocks:
         found = self._triangles.get((rows, columns, diagonal, upper))
         if found is None:
             ones = torch.ones(rows, columns, dtype=torch.bool, device=self.q.device)
-            found = _ceiling(~(ones.triu(diagonal) if upper else ones.tril(diagonal)))
+            found = ceiling(~(ones.triu(diagonal) if upper else ones.tril(diagonal)))
             self._triangles[rows, columns, diagonal, upper] = found
         return found
 
@@ -140,12 +153,12 @@ def _cut(x: Tensor, r0: int, r1: int, c0: int, c1: int) -> Tensor:
     return x[..., c0:c1] if x.shape[-1] != 1 else x
 
 
-def _ceiling(keep: Tensor) -> Tensor:
+def ceiling(keep: Tensor) -> Tensor:
     """+inf where reading is allowed, -inf elsewhere."""
     return torch.where(keep, _INF, -_INF)
 
 
-def _lower(scores: Tensor, ceiling: Tensor) -> None:
+def lower(scores: Tensor, ceiling: Tensor) -> None:
     """Forbid in place. The minimum is vectorised on the CPU, twenty times as fast as `masked_fill_` there."""
     torch.minimum(scores, ceiling, out=scores)
 
