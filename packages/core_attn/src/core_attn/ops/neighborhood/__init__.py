@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
-from core_attn.ops.neighborhood import reference
+from core_attn.ops.neighborhood import reference, tiled
 
 OPERATOR = Operator(
     "neighborhood_attention",
     [
+        Backend("torch", tiled.run),
         Backend("reference", reference.run, pass_over=reference.pass_over),
     ],
 )
