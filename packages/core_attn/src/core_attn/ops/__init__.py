@@ -15,7 +15,9 @@ _PUBLIC = {
     "gather_attention": "core_attn.ops.gather",
     "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
+    "relative_attention": "core_attn.ops.relative",
     "softmax_attention": "core_attn.ops.softmax",
+    "window_attention": "core_attn.ops.window",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -115,7 +115,9 @@ class Blocks:
         first, last = self.position(r0), self.position(r1 - 1)
         if self.right is not None and c1 - 1 > first + self.right:
             edge = max(c0, first + self.right + 1)
-            lower(scores[..., edge - c0 :], self.triangle(r1 - r0, c1 - edge, first + self.right + 1 - edge, upper=True))
+            lower(
+                scores[..., edge - c0 :], self.triangle(r1 - r0, c1 - edge, first + self.right + 1 - edge, upper=True)
+            )
         if self.left is not None and c0 < last - self.left:
             edge = min(c1, last - self.left)
             lower(scores[..., : edge - c0], self.triangle(r1 - r0, edge - c0, first - self.left - 1 - c0, upper=False))
