@@ -387,7 +387,8 @@ def test_cost(variant):
     ):
         assert "FLOPs are counted" in costs(variant, flops=flops).detail
     assert "inputs, output and weights hold" in costs(variant, bytes="E*C").detail
-    assert "gives 0 FLOPs" in costs(variant, flops="L - L").detail
+    assert "FLOPs are counted, L - L gives 0" in costs(variant, flops="L - L").detail
+    assert "gives -512 FLOPs" in costs(variant, flops="-L").detail
     assert "'Z', which is neither a standard symbol nor explained" in costs(variant, flops="Z").detail
     assert "needs a size for 'Z'" in costs(variant, flops="Z", symbols={"Z": "a width"}).detail
     assert "at least one pass" in costs(variant, passes=0).detail
