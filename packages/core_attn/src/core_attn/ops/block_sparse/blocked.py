@@ -23,7 +23,8 @@ _INF = float("inf")
 _OPTIONS = (
     "Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor? padding, int rows, int columns, bool causal, float scale"
 )
-# Scores of a batch of pieces: about what a core's cache holds; on accelerators what keeps them busy.
+# Scores of a batch of pieces: about what a core's cache holds; on accelerators what keeps them busy. Never more than
+# there are elements of the queries, unless a single piece is.
 _SCORES_ON_CPU, _SCORES = 2**18, 2**26
 
 
@@ -59,6 +60,7 @@ class _Pieces:
         self.group = shared if blocks.shape[1] == 1 else 1
         self.dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
         self.device = q.device
+        self.elements = q.numel()
         self.padding = padding
         self.k, self.v = self.by_key_block(k), self.by_key_block(v)
         if causal:
@@ -95,7 +97,7 @@ class _Pieces:
     def batches(self) -> Iterator[_Batch]:
         """All pieces that read anything, those of about equal counts together."""
         counts, order = self.counts.sort()
-        limit = _SCORES_ON_CPU if self.device.type == "cpu" else _SCORES
+        limit = min(_SCORES_ON_CPU if self.device.type == "cpu" else _SCORES, self.elements)
         numbers = counts.tolist()
         first = next((n for n, count in enumerate(numbers) if count), len(numbers))
         while first < len(numbers):
@@ -271,5 +273,7 @@ def run(
 
     Time O(blocks read), forward and backward; memory O(L·D + M·D) and at most one row of blocks of scores.
     """
-    out: Tensor = _op(q, k, v, blocks, key_padding_mask, *block_size, causal, scale)[0]
+    # A block longer than the sequence would only be filled up.
+    rows, columns = (max(1, min(n, x.shape[2])) for n, x in zip(block_size, (q, k), strict=True))
+    out: Tensor = _op(q, k, v, blocks, key_padding_mask, rows, columns, causal, scale)[0]
     return out

@@ -17,7 +17,8 @@ from torch import Tensor
 
 _INF = float("inf")
 _OPTIONS = "Tensor q, Tensor k, Tensor v, Tensor index, Tensor? padding, bool causal, float scale"
-# Elements of the gathered keys of a batch: about what a core's cache holds; on accelerators what keeps them busy.
+# Elements of the gathered keys of a batch: about what a core's cache holds; on accelerators what keeps them busy. Never
+# more than there are in the queries, unless a single list's are.
 _GATHERED_ON_CPU, _GATHERED = 2**17, 2**26
 
 
@@ -49,6 +50,7 @@ class _Lists:
         self.group = shared if index.shape[1] == 1 else 1
         self.dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
         self.device = q.device
+        self.elements = q.numel()
         self.padding = None if padding is None else padding.flatten()
         self.k, self.v = (x.to(self.dtype).flatten(0, 2) for x in (k, v))
         self.entries = index.flatten(0, 2)
@@ -71,7 +73,7 @@ class _Lists:
         count = self.entries.shape[1]
         if not count or not self.keys:
             return
-        room = _GATHERED_ON_CPU if self.device.type == "cpu" else _GATHERED
+        room = min(_GATHERED_ON_CPU if self.device.type == "cpu" else _GATHERED, self.elements)
         size = max(1, room // (count * max(self.width, self.v.shape[1], self.group)))
         for first in range(0, len(self.row), size):
             lists = slice(first, min(first + size, len(self.row)))

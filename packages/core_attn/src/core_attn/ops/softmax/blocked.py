@@ -58,7 +58,9 @@ class Blocks:
         self.dropout = dropout
         # One stream of random numbers for the whole call: forward and backward visit the blocks in the same order.
         self.random = None if seed is None else torch.Generator(q.device).manual_seed(int(seed))
-        self.rows, self.columns = _block_sizes(left, right, on_cpu=q.device.type == "cpu")
+        self.rows, columns = _block_sizes(left, right, on_cpu=q.device.type == "cpu")
+        # Heads of few channels make narrow blocks, or the scores of one would outweigh all that grows with the length.
+        self.columns = min(columns, max(64, 16 * q.shape[-1]))
         self.dbias: Tensor | None = None
         self._triangles: dict[tuple[int, int, int, bool], Tensor] = {}
 
