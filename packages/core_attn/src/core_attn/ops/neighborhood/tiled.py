@@ -33,7 +33,7 @@ _SCORES_ELSEWHERE = 2**26
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Axis:
     """How one axis of the grid is cut.
 
@@ -121,6 +121,23 @@ def _axis(length: int, kernel_size: int, dilation: int, stride: int, causal: boo
     return Axis(length, dilation, tile, tiles, lead, halo, tuple(of), tuple(kinds))
 
 
+@functools.lru_cache(maxsize=256)
+def _ceilings(axes: tuple[Axis, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """For each axis (kinds, t, w): 0 where a query reads a key, -inf elsewhere."""
+    result = []
+    for axis in axes:
+        ranges = torch.tensor(axis.ranges).view(-1, axis.tile, 2, 1)
+        at = torch.arange(axis.halo)
+        keep = (at >= ranges[:, :, 0]) & (at <= ranges[:, :, 1])
+        result.append(torch.where(keep, 0.0, -_INF).to(device, dtype))
+    return result
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In place: a row is read before it is written, and half the memory stays in the cache."""
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
 class _Tiles:
     """One call, cut into tiles: the tiles' queries, and boxes of tiles with their halos and biases."""
 
@@ -140,14 +157,8 @@ class _Tiles:
         scale: float,
     ) -> None:
         self.kernel_size = tuple(kernel_size)
-        self.axes = axes_of(
-            tuple(grid),
-            self.kernel_size,
-            tuple(dilation),
-            tuple(stride),
-            tuple(causal_axes),
-            q.shape[-1] + v.shape[-1],
-        )
+        options = (tuple(grid), self.kernel_size, tuple(dilation), tuple(stride), tuple(causal_axes))
+        self.axes = axes_of(*options, q.shape[-1] + v.shape[-1])
         self.rank = len(self.axes)
         self.batch, self.groups = k.shape[:2]
         self.shared = q.shape[1] // self.groups if self.groups else 1
@@ -158,10 +169,12 @@ class _Tiles:
         self.extra = 0 if extra_k is None else extra_k.shape[2]
         self.counts = (*(a.dilation for a in self.axes), *(a.tiles for a in self.axes))
         self.q = self.tiled(q).mul_(scale)
-        self.k, self.v = self.padded(k), self.padded(v)
-        self.extra_k, self.extra_v = extra_k, extra_v
+        # Keys and values go through the same copies, in one call where they have one shape.
+        self.sources = [self.padded(k, v)] if k.shape == v.shape else [self.padded(k), self.padded(v)]
+        self.extras = [x for x in (extra_k, extra_v) if x is not None]
+        self.ceilings = _ceilings(self.axes, self.dtype, self.device)
         self.rpb = rpb
-        self._scratch: dict[tuple[str, int], Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}
         self._biases: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor | None]] = {}
 
     # --- layout ---
@@ -193,32 +206,31 @@ class _Tiles:
         x = self.inside(x, [0] * rank)
         return x.reshape(*x.shape[:2], math.prod(a.length for a in self.axes), width)
 
-    def padded(self, x: Tensor) -> Tensor:
-        """(B, N, L, D) -> (B, N, residues…, padded lines…, D), in the working dtype."""
-        whole = self.zeros(x.shape[-1])
-        self.inner(whole).copy_(x.unflatten(2, [a.length for a in self.axes]))
-        return self.lines(whole)
+    def padded(self, *xs: Tensor) -> Tensor:
+        """S tensors (B, N, L, D) -> (S, B, N, padded sides…, D), in the working dtype."""
+        whole = self.zeros(len(xs), xs[0].shape[-1])
+        for part, x in zip(self.inner(whole), xs):
+            part.copy_(x.unflatten(2, [a.length for a in self.axes]))
+        return whole
 
-    def zeros(self, width: int) -> Tensor:
-        """(B, N, padded sides…, D) zeros, for keys, for values, or for their gradients."""
+    def zeros(self, count: int, width: int) -> Tensor:
+        """(S, B, N, padded sides…, D) zeros, for keys and values or for their gradients."""
         sides = [a.dilation * a.padded for a in self.axes]
-        return torch.zeros(self.batch, self.groups, *sides, width, dtype=self.dtype, device=self.device)
+        return torch.zeros(count, self.batch, self.groups, *sides, width, dtype=self.dtype, device=self.device)
 
     def inner(self, whole: Tensor) -> Tensor:
         """The part of `zeros` that holds the grid; a view."""
         return self.inside(whole, [a.dilation * a.lead for a in self.axes])
+
+    def flat(self, inner: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, N, grid…, D) -> (B, N, L, D), new memory."""
+        return torch.empty(inner.shape, dtype=dtype, device=self.device).copy_(inner).flatten(2, -2)
 
     def inside(self, whole: Tensor, starts: Sequence[int]) -> Tensor:
         """(…, padded sides…, D) -> (…, grid…, D), a view that begins at `starts`."""
         for i, (axis, start) in enumerate(zip(self.axes, starts)):
             whole = whole.narrow(i - self.rank - 1, start, axis.length)
         return whole
-
-    def lines(self, whole: Tensor) -> Tensor:
-        """`zeros` with the residues in front of the lines; a view."""
-        split = whole.view(*whole.shape[:2], *(n for a in self.axes for n in (a.padded, a.dilation)), whole.shape[-1])
-        end = 2 + 2 * self.rank
-        return split.permute(0, 1, *range(3, end, 2), *range(2, end, 2), end)
 
     # --- boxes of tiles ---
 
@@ -240,69 +252,73 @@ class _Tiles:
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Memory that every box writes to anew: it stays in the cache, and its pages are mapped once."""
-        held = self._scratch.get((name, shape[-1]))
+        held = self._scratch.get(name)
         if held is None:  # the first box is the largest
-            held = self._scratch[name, shape[-1]] = torch.empty(math.prod(shape), dtype=self.dtype, device=self.device)
+            held = self._scratch[name] = torch.empty(math.prod(shape), dtype=self.dtype, device=self.device)
         return held[: math.prod(shape)].view(shape)
 
-    def halos(self, name: str, x: Tensor, extra: Tensor | None, box: tuple[tuple[int, int], ...]) -> Tensor:
-        """(P·B·N, w + E, D) what the tiles of a box read of `padded` x and of the extra keys; `scratch` memory."""
-        rank = self.rank
-        for i, (axis, residues, tiles) in enumerate(zip(self.axes, box[:rank], box[rank:])):
-            x = x.narrow(2 + i, residues[0], residues[1] - residues[0])
-            length = (tiles[1] - tiles[0] - 1) * axis.tile + axis.halo
-            x = x.narrow(2 + rank + i, tiles[0] * axis.tile, length).unfold(2 + rank + i, axis.halo, axis.tile)
-        # (B, N, residues…, tiles…, D, halo…)
-        x = x.permute(*range(2, 2 + 2 * rank), 0, 1, *range(3 + 2 * rank, 3 + 3 * rank), 2 + 2 * rank)
-        count, width = math.prod(x.shape[: 2 * rank]), x.shape[-1]
-        out = self.scratch(name, count, self.batch, self.groups, self.halo + self.extra, width)
-        out[:, :, :, : self.halo].view(x.shape).copy_(x)
-        if extra is not None:
-            out[:, :, :, self.halo :] = extra
-        return out.flatten(0, 2)
+    def halo_memory(self, name: str, box: tuple[tuple[int, int], ...]) -> list[Tensor]:
+        """For each source (S, P, B, N, w + E, D) of `scratch`."""
+        shape = (math.prod(stop - start for start, stop in box), self.batch, self.groups, self.halo + self.extra)
+        return [self.scratch(f"{name} {i}", x.shape[0], *shape, x.shape[-1]) for i, x in enumerate(self.sources)]
+
+    def halos(self, box: tuple[tuple[int, int], ...]) -> list[Tensor]:
+        """The keys and the values (P·B·N, w + E, D) that the tiles of a box read, extra ones behind; `scratch`."""
+        memory = self.halo_memory("halos", box)
+        for source, out in zip(self.sources, memory):
+            view = self.part(source, box, [0] * self.rank, [a.halo for a in self.axes])
+            out[..., : self.halo, :].view(view.shape).copy_(view)
+        found = [x for out in memory for x in out]
+        for out, extra in zip(found, self.extras):
+            out[..., self.halo :, :] = extra
+        return [x.flatten(0, 2) for x in found]
 
     def scatter(self, into: Tensor, halos: Tensor, box: tuple[tuple[int, int], ...]) -> None:
-        """Add (P·B·N, w + E, D) gradients of a box's halos to those of `lines`, the reverse of `halos`.
+        """Add gradients (S, P, B, N, w + E, D) of a box's halos to those of `padded`, the reverse of `halos`.
 
         Halos overlap; pieces of halos that are no wider than a tile do not, so that each is one addition.
         """
-        rank = self.rank
-        counts = [last - first for first, last in box]
-        halos = halos.view(*counts, self.batch, self.groups, self.halo + self.extra, halos.shape[-1])[
-            ..., : self.halo, :
-        ]
-        halos = halos.unflatten(-2, [a.halo for a in self.axes])
-        halos = halos.permute(
-            2 * rank, 2 * rank + 1, *range(2 * rank), 3 * rank + 2, *range(2 * rank + 2, 3 * rank + 2)
-        )
+        counts = (*(stop - start for start, stop in box), self.batch, self.groups)
+        inner, outer = [halos.shape[-1]], [halos.stride(3)]
+        for axis in reversed(self.axes[1:]):
+            inner.insert(0, inner[0] * axis.halo)
+        for n in reversed(counts):
+            outer.insert(0, outer[0] * n)
         pieces = ([(at, min(a.tile, a.halo - at)) for at in range(0, a.halo, a.tile)] for a in self.axes)
         for piece in itertools.product(*pieces):
-            target, source = into, halos
-            for i, (axis, (at, size)) in enumerate(zip(self.axes, piece)):
-                (r0, r1), (a0, a1) = box[i], box[rank + i]
-                target = target.narrow(2 + i, r0, r1 - r0)
-                start, length = a0 * axis.tile + at, (a1 - a0 - 1) * axis.tile + size
-                target = target.narrow(2 + rank + i, start, length).unfold(2 + rank + i, size, axis.tile)
-                source = source.narrow(3 + 2 * rank + i, at, size)
-            target += source
+            target = self.part(into, box, [at for at, _ in piece], [size for _, size in piece])
+            offset = sum(at * stride for (at, _), stride in zip(piece, inner))
+            target += halos.as_strided(target.shape, (*outer, *inner, 1), offset)
+
+    def part(self, x: Tensor, box: tuple[tuple[int, int], ...], at: Sequence[int], size: Sequence[int]) -> Tensor:
+        """(S, residues…, tiles…, B, N, size…, D) of the `padded` x: the keys from `at` on of a box's halos; a view.
+
+        One `as_strided` for what would be four views an axis: there are many small pieces, and calls cost.
+        """
+        rank, strides = self.rank, x.stride()
+        residues = strides[3 : 3 + rank]
+        lines = [axis.dilation * stride for axis, stride in zip(self.axes, residues)]
+        steps = [*residues, *(axis.tile * line for axis, line in zip(self.axes, lines))]
+        offset = sum(n * step for (n, _), step in zip(box, steps)) + sum(n * line for n, line in zip(at, lines))
+        shape = (x.shape[0], *(stop - start for start, stop in box), *x.shape[1:3], *size, x.shape[-1])
+        return x.as_strided(shape, (strides[0], *steps, *strides[1:3], *lines, 1), offset)
 
     # --- biases ---
 
     def weights(self, tiles: slice, box: tuple[tuple[int, int], ...], keys: Tensor) -> Tensor:
-        """(P·B·N, G·t, w + E) softmax of the masked scores; zeros in rows that may read nothing."""
+        """(P·B·N, G·t, w + E) softmax of the masked scores, zeros in rows that may read nothing; `scratch`."""
         rows = self.q[tiles].flatten(0, 2)
-        shape = (*rows.shape[:2], keys.shape[1])
-        s = torch.bmm(rows, keys.mT, out=self.scratch("scores", *shape))
+        s = torch.bmm(rows, keys.mT, out=self.scratch("weights", *rows.shape[:2], keys.shape[1]))
         bias, empty = self.bias(box)
         count = tiles.stop - tiles.start
         parts = s.view(count, self.batch, self.groups, self.shared, self.tile, self.halo + self.extra)
         parts[..., : self.halo] += bias
         if empty is None or self.extra:
-            return torch.softmax(s, dim=-1, out=self.scratch("weights", *shape))
+            return _softmax(s)
         parts.masked_fill_(empty, 0.0)
-        p = torch.softmax(s, dim=-1, out=self.scratch("weights", *shape))
-        p.view(parts.shape).masked_fill_(empty, 0.0)
-        return p
+        _softmax(s)
+        parts.masked_fill_(empty, 0.0)
+        return s
 
     def bias(self, box: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor | None]:
         """What is added to a box's scores, broadcastable to (P, B, N, G, t, w), and where a row is -inf throughout."""
@@ -315,15 +331,16 @@ class _Tiles:
         if found is not None:
             return found
         counts = [last - first for first, last in box]
-        bias = torch.zeros((), dtype=self.dtype, device=self.device)
+        bias = self.ceilings[0]
         for i, (axis, row) in enumerate(zip(self.axes, kinds)):
             shape = [1] * (4 * rank)
+            shape[2 * rank + i], shape[3 * rank + i] = axis.tile, axis.halo
             if len(set(row)) > 1:
                 shape[i], shape[rank + i] = counts[i], counts[rank + i]
+                ceiling = self.ceilings[i][list(row)].view(shape)
             else:
-                row = row[:1]
-            shape[2 * rank + i], shape[3 * rank + i] = axis.tile, axis.halo
-            bias = bias + self.ceilings[i][list(row)].view(shape)
+                ceiling = self.ceilings[i][row[0]].view(shape)
+            bias = bias + ceiling if i else ceiling
         if bias.shape[: 2 * rank].numel() > 1:
             bias = bias.expand(*counts, *bias.shape[2 * rank :])
         bias, empty = bias.reshape(-1, 1, 1, 1, self.tile, self.halo), None
@@ -333,17 +350,6 @@ class _Tiles:
             empty = dead if bool(dead.any()) else None
         self._biases[kinds] = bias, empty
         return bias, empty
-
-    @functools.cached_property
-    def ceilings(self) -> list[Tensor]:
-        """For each axis (kinds, t, w): 0 where a query reads a key, -inf elsewhere."""
-        result = []
-        for axis in self.axes:
-            ranges = torch.tensor(axis.ranges, device=self.device).view(-1, axis.tile, 2, 1)
-            at = torch.arange(axis.halo, device=self.device)
-            keep = (at >= ranges[:, :, 0]) & (at <= ranges[:, :, 1])
-            result.append(torch.where(keep, 0.0, -_INF).to(self.dtype))
-        return result
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -371,8 +377,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
         tiles = _Tiles(q, k, v, *options)
         out = tiles.q.new_empty(*tiles.q.shape[:-1], v.shape[-1])
         for at, box in tiles.boxes():
-            p = tiles.weights(at, box, tiles.halos("halos", tiles.k, tiles.extra_k, box))
-            torch.bmm(p, tiles.halos("halos", tiles.v, tiles.extra_v, box), out=out[at].flatten(0, 2))
+            keys, values = tiles.halos(box)
+            torch.bmm(tiles.weights(at, box, keys), values, out=out[at].flatten(0, 2))
         return tiles.untiled(out, q.dtype)
 
 
@@ -381,37 +387,39 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> t
     with torch.autocast(q.device.type, enabled=False):
         tiles = _Tiles(q, k, v, *options)
         d = tiles.tiled(dout)
-        dq = torch.empty_like(tiles.q)
-        dk, dv = tiles.zeros(k.shape[-1]), tiles.zeros(v.shape[-1])
-        dk_lines, dv_lines = tiles.lines(dk), tiles.lines(dv)
+        dsources = [torch.zeros_like(x) for x in tiles.sources]
         drelative = None if rpb is None else tiles.relative.new_zeros(tiles.relative.shape)
         dextra_k, dextra_v = (None if x is None else torch.zeros_like(x, dtype=tiles.dtype) for x in (extra_k, extra_v))
         for at, box in tiles.boxes():
-            keys, values = tiles.halos("keys", tiles.k, extra_k, box), tiles.halos("values", tiles.v, extra_v, box)
+            keys, values = tiles.halos(box)
             p = tiles.weights(at, box, keys)
             rows, drows = tiles.q[at].flatten(0, 2), d[at].flatten(0, 2)
-            count = at.stop - at.start
-            dvalues = torch.bmm(p.mT, drows, out=tiles.scratch("dvalues", *values.shape))
-            dp = torch.bmm(drows, values.mT, out=tiles.scratch("scores", *p.shape))
-            ds = _softmax_backward(dp, p, -1, tiles.dtype, grad_input=tiles.scratch("dscores", *p.shape))
-            torch.bmm(ds, keys, out=dq[at].flatten(0, 2))
-            dkeys = torch.bmm(ds.mT, rows, out=tiles.scratch("dkeys", *keys.shape))
-            tiles.scatter(dk_lines, dkeys, box)
-            tiles.scatter(dv_lines, dvalues, box)
+            dhalos = tiles.halo_memory("dhalos", box)
+            dkeys, dvalues = (x for part in dhalos for x in part)
+            torch.bmm(p.mT, drows, out=dvalues.flatten(0, 2))
+            ds = torch.bmm(drows, values.mT, out=tiles.scratch("dweights", *p.shape))
+            _softmax_backward(ds, p, -1, tiles.dtype, grad_input=ds)
+            torch.bmm(ds.mT, rows, out=dkeys.flatten(0, 2))
+            torch.bmm(ds, keys, out=rows)  # the queries of these tiles are not read again: their gradient replaces them
+            for into, dhalo in zip(dsources, dhalos):
+                tiles.scatter(into, dhalo, box)
             for dextra, dhalo in ((dextra_k, dkeys), (dextra_v, dvalues)):
                 if dextra is not None:
-                    dextra += dhalo.view(count, *dextra.shape[:2], *dhalo.shape[1:])[:, :, :, tiles.halo :].sum(0)
+                    dextra += dhalo[:, :, :, tiles.halo :].sum(0)
             if drelative is not None:
-                dscores = ds.view(count * k.shape[0], k.shape[1], *ds.shape[1:])[..., : tiles.halo].sum(0)
+                dscores = ds.view((at.stop - at.start) * k.shape[0], k.shape[1], *ds.shape[1:])[..., : tiles.halo].sum(
+                    0
+                )
                 drelative += dscores.view(drelative.shape)
+        dk, dv = (x for part in dsources for x in tiles.inner(part))
         drpb = q.new_empty(0)
         if drelative is not None:
             drpb = drelative.new_zeros(rpb.shape[0], rpb[0].numel()).index_add_(1, tiles.places, drelative.flatten(1))
             drpb = drpb.view(rpb.shape).to(rpb.dtype)
         return (
-            tiles.untiled(dq.mul_(options[-1]), q.dtype),
-            tiles.inner(dk).to(k.dtype).reshape(k.shape),
-            tiles.inner(dv).to(v.dtype).reshape(v.shape),
+            tiles.untiled(tiles.q.mul_(options[-1]), q.dtype),
+            tiles.flat(dk, k.dtype),
+            tiles.flat(dv, v.dtype),
             drpb,
             q.new_empty(0) if dextra_k is None else dextra_k.to(k.dtype),
             q.new_empty(0) if dextra_v is None else dextra_v.to(v.dtype),
