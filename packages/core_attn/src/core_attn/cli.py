@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from core_attn.contract import MechanismInfo
 
 PATTERNS = ("noncausal_self", "causal_self", "noncausal_cross", "causal_cross")
+SUITES = ("exact", "local", "sparse")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,17 +111,24 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--format", choices=("text", "json"), default="text")
 
-    p = command("bench", "speed, memory and growth of mechanisms beside softmax attention, on this machine", _bench)
-    p.add_argument("name", nargs="*", help="registered names (default: all)")
-    p.add_argument("--lengths", type=_lengths, default=[256, 1024, 4096], help="separated by commas")
+    text = "speed and memory on this machine: mechanisms beside softmax attention, or a suite beside its alternatives"
+    p = command("bench", text, _bench)
+    p.add_argument(
+        "name",
+        nargs="*",
+        help="registered names (default: all), or suites: exact (backends of softmax attention beside SDPA), local "
+        "(windows and neighbourhoods beside masked SDPA, local-attention, natten), sparse (block-sparse and selected "
+        "keys beside masked SDPA); suites run on the CPU in one thread",
+    )
+    p.add_argument("--lengths", type=_lengths, help="separated by commas (default: 256,1024,4096, or the suite's own)")
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--heads", type=int, default=8)
-    p.add_argument("--head-dim", type=int, default=32)
-    p.add_argument("--dtype", default="float32")
+    p.add_argument("--head-dim", type=int, help="channels of a head (default: 32, in suites 64)")
+    p.add_argument("--dtype", help="default: float32; the suite exact measures bfloat16 too")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--causal", action="store_true", help="only mechanisms with causal self attention")
-    p.add_argument("--rounds", type=int, default=5, help="timings a row; the median counts")
-    p.add_argument("--save", type=Path, metavar="DIR", help="also write mechanisms.md and mechanisms.json there")
+    p.add_argument("--rounds", type=int, default=5, help="timings a row; the median counts, in suites the least")
+    p.add_argument("--save", type=Path, metavar="DIR", help="also write mechanisms.md (or SUITE.md) and .json there")
 
     parser.set_defaults(commands=dict(subparsers.choices))
     return parser
@@ -262,17 +270,43 @@ def _explain(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from core_attn import bench
 
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    suites = [name for name in args.name if name in SUITES]
+    if suites and (len(suites) < len(args.name) or args.causal or args.device != "cpu"):
+        raise ValueError(
+            f"suites ({', '.join(SUITES)}) are measured apart from mechanisms, on the CPU, with causal and noncausal "
+            f"cases of their own; run core-attn bench {' '.join(suites)}"
+        )
+    for suite in suites:
+        found = bench.measure_suite(
+            suite,
+            lengths=args.lengths or (),
+            batch=args.batch,
+            heads=args.heads,
+            head_dim=args.head_dim or 64,
+            dtype=args.dtype,
+            rounds=args.rounds,
+            progress=progress,
+        )
+        print(bench.suite_heading(found))
+        print(bench.suite_table(found))
+        if args.save is not None:
+            print("saved " + ", ".join(str(path) for path in bench.save_suite(found, args.save)))
+    if suites:
+        return 0
     rows = bench.measure(
         args.name,
-        lengths=args.lengths,
+        lengths=args.lengths or (256, 1024, 4096),
         batch=args.batch,
         heads=args.heads,
-        head_dim=args.head_dim,
-        dtype=args.dtype,
+        head_dim=args.head_dim or 32,
+        dtype=args.dtype or "float32",
         device=args.device,
         causal=args.causal,
         rounds=args.rounds,
-        progress=lambda text: print(text, file=sys.stderr),
+        progress=progress,
     )
     print(bench.heading(rows))
     print(bench.table(rows))

@@ -174,7 +174,6 @@ def table(rows: Rows) -> str:
 
 def save(rows: Rows, folder: Path) -> list[Path]:
     """Write mechanisms.md and mechanisms.json under `folder`; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = ["# Mechanisms beside softmax attention", "", heading(rows) + ".", ""]
     lines += [
         "Modules as a model uses them, projections included. `x softmax` is the ratio to softmax attention in the same "
@@ -183,8 +182,14 @@ def save(rows: Rows, folder: Path) -> list[Path]:
         "",
     ]
     lines += ["| " + " | ".join(line) + " |" for line in [HEAD, ["---"] * len(HEAD), *[_cells(r) for r in rows.rows]]]
-    written = [folder / "mechanisms.md", folder / "mechanisms.json"]
     facts = {"settings": rows.settings, "machine": rows.machine, "rows": [_plain(r) for r in rows.rows]}
+    return write(folder, "mechanisms", lines, facts)
+
+
+def write(folder: Path, stem: str, lines: Sequence[str], facts: dict[str, Any]) -> list[Path]:
+    """Write `lines` to <stem>.md and `facts` to <stem>.json; each appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{stem}.md", folder / f"{stem}.json"]
     for path, text in zip(written, ["\n".join(lines) + "\n", json.dumps(facts, indent=2) + "\n"]):
         partial_file = path.with_name(path.name + ".part")
         partial_file.write_text(text, encoding="utf-8")
