@@ -621,7 +621,7 @@ def check_compile(s: Subject) -> str:
         torch.compiler.reset()
         # The graph and its gradient are what is tested here; which compiler then makes code of it is not.
         compiled: Any = torch.compile(mixer, backend="aot_eager", fullgraph=True, dynamic=False)
-        for a, b in zip(with_gradients(compiled, call, more), right):
+        for a, b in pairs(with_gradients(compiled, call, more), right):
             if (error := error_of(a, b)) > TOLERANCE[torch.float64]:
                 raise Broken(f"{pattern}: the compiled form differs by {error:.1e}")
     torch.compiler.reset()

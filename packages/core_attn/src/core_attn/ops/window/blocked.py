@@ -228,7 +228,7 @@ def _backward(
             dsink_q = q.new_zeros(0)
         else:
             dsink_q = _moved_back(b.dsink_q, order.queries)
-            dk[:, :, : b.read_by_all] = b.dsink_k.view(*k.shape[:2], -1, k.shape[3])
+            dk[:, :, : b.read_by_all] = b.dsink_k.view(*k.shape[:2], b.read_by_all, k.shape[3])
         return _moved_back(dq, order.queries), _moved_back(dk, order.keys), _moved_back(dv, order.keys), dsink_q
 
 

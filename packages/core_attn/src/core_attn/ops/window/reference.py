@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core_attn.einsums import pairs_read
 from core_attn.ops.softmax import reference
 
 
@@ -31,6 +32,15 @@ def allowed(
         keep = keep & (distance <= right * dilation)
     keep = keep | (key < max(sinks, global_tokens)) | ((query >= 0) & (query < global_tokens))
     return keep & (distance <= 0) if causal else keep
+
+
+def pairs(queries: int, keys: int, *, left: int, right: int, sinks: int) -> int:
+    """How many pairs of a query and a key a window of `left` keys before and `right` after, and sinks, allow."""
+    places = range(keys - queries, keys)
+    sinks = min(sinks, keys)
+    before = sum(min(sinks, max(0, p - left)) for p in places)
+    after = sum(max(0, sinks - max(0, p + right + 1)) for p in places) if right else 0
+    return pairs_read(queries, keys, left=left, right=right) + before + after
 
 
 def scores(

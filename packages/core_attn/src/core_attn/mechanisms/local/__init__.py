@@ -1,0 +1,1 @@
+"""Mechanisms that read what is near."""
