@@ -114,6 +114,11 @@ def upcast(dtype: torch.dtype) -> bool:
     return interpreted() and dtype is torch.bfloat16
 
 
+def padded(channels: int) -> int:
+    """The power of two to which a kernel widens a head size; `tl.dot` takes no fewer than 16."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
 def launch(
     function: Any,
     grid: Callable[[Mapping[str, int]], tuple[int, ...]],

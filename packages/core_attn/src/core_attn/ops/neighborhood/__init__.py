@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
-from core_attn.ops.neighborhood import reference, tiled
+from core_attn.ops.neighborhood import reference, tiled, triton
 
 OPERATOR = Operator(
     "neighborhood_attention",
     [
+        Backend("triton", triton.run, triton.why_not, triton.pass_over),
         Backend("torch", tiled.run),
         Backend("reference", reference.run, pass_over=reference.pass_over),
     ],
