@@ -39,10 +39,10 @@ from core_attn.registry import register
     ),
 )
 class FlashAttention(SoftmaxAttention):
-    """Softmax attention tile by tile: each tile rescales the sums so far by exp(m - m'), m the running maximum (alg. 1).
+    """Softmax attention by tiles: each rescales the sums so far by exp(m - m'), m the running maximum (algorithm 1).
 
-    The backward computes the weights again from the saved log-sum-exp (alg. 4), so that memory is linear. It equals
-    `softmax`, which differs in that it may take any backend; here the tiles in plain PyTorch are the default.
+    The backward computes the weights again from the saved log-sum-exp (algorithm 4), so that memory is linear. It
+    equals `softmax`, which takes whichever backend is fastest; here the tiles in plain PyTorch are the default.
 
     Args:
         dim, heads, causal, bias, kv_heads, dropout, window, scale: see `SoftmaxAttention`.

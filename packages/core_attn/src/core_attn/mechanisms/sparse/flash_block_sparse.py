@@ -45,8 +45,8 @@ class BlockSparseFlashAttention(BlockPatternMixer):
     """Softmax over the blocks of a fixed butterfly: S = Q Kᵀ masked to -inf where block (i, j) is not read (sec. 3.3).
 
     The paper's downstream pattern is the fixed butterfly: block i reads the blocks whose number differs from i in at
-    most one binary digit, so log2(L / block) + 1 of them, and L log L in all. Blocks near by and the first blocks may be
-    added, which Pixelated Butterfly, where the pattern comes from, does too.
+    most one binary digit, so log2(L / block) + 1 of them, and L log L in all. Blocks near by and the first blocks may
+    be added, as in Pixelated Butterfly, where the pattern comes from.
 
     Args:
         dim, heads, causal, bias, block_size, backend: see `BlockPatternMixer`.
