@@ -11,12 +11,14 @@ from typing import Any
 _PUBLIC = {
     "auto_correlation": "core_attn.ops.autocorrelation",
     "block_sparse_attention": "core_attn.ops.block_sparse",
+    "clipped_softmax_attention": "core_attn.ops.clipped",
     "flow_attention": "core_attn.ops.flow",
     "gather_attention": "core_attn.ops.gather",
     "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
     "relative_attention": "core_attn.ops.relative",
     "softmax_attention": "core_attn.ops.softmax",
+    "softmax_attention_varlen": "core_attn.ops.softmax.varlen",
     "window_attention": "core_attn.ops.window",
 }
 __all__ = sorted(_PUBLIC)

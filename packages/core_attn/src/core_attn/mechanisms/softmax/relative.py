@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from core_attn.contract import Growth, Pattern
 from core_attn.einsums import Cascade
-from core_attn.mechanisms.heads import MultiHeadMixer
+from core_attn.mechanisms.softmax.cached import CachingMixer
 from core_attn.ops.relative import reference, relative_attention
 from core_attn.ops.softmax.reference import weights
 from core_attn.registry import register
-from core_attn.state import FullCache
 
 
 @register(
@@ -48,7 +47,7 @@ from core_attn.state import FullCache
         symbols={"R": "distances with an embedding that occur"},
     ),
 )
-class RelativeAttention(MultiHeadMixer):
+class RelativeAttention(CachingMixer):
     """softmax((Q Kᵀ + S_rel) / √D) V with S_rel[i, j] = q_i · e_{i-j}, a learned embedding of the distance (eq. 3).
 
     Distances beyond `max_distance` share the embedding of the largest, so that any length works. In cross attention the
@@ -119,26 +118,5 @@ class RelativeAttention(MultiHeadMixer):
         occur = sizes["M"] if self.causal else length + sizes["M"] - 1
         return sizes | {"R": min(self.relative.shape[1], occur)}
 
-    def init_state(
-        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> FullCache:
-        """An empty cache of keys and values.
-
-        Raises:
-            ValueError: this module is not causal.
-        """
-        if not self.causal:
-            raise ValueError("relative decodes token by token only when it is built with causal=True")
-        weight = self.k_proj.weight
-        return FullCache(batch, self.heads, self.head_dim, device=device or weight.device, dtype=dtype or weight.dtype)
-
-    def step(self, x: Tensor, state: FullCache) -> tuple[Tensor, FullCache]:
-        """The next T tokens (B, T, C) -> their outputs (B, T, C); `state` is updated in place and returned."""
-        self.check_inputs(x)
-        q = self.split_heads(self.q_proj(x))
-        k, v = state.append(self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x)))
-        out = self.attend(q, k, v, key_padding_mask=None, aux=None)
-        return self.out_proj(self.merge_heads(out)), state
-
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, causal={self.causal}, max_distance={self.max_distance}"
+        return f"{super().extra_repr()}, max_distance={self.max_distance}"
