@@ -140,20 +140,20 @@ def test_peak_memory_is_measured():
 
 
 def test_command(capsys, tmp_path):
-    arguments = ["local", "--lengths", "64", "--heads", "2", "--head-dim", "8", "--rounds", "1"]
+    arguments = ["sparse", "--lengths", "64", "--heads", "2", "--head-dim", "8", "--rounds", "1"]
     assert cli.main(["bench", *arguments, "--save", str(tmp_path / "new")]) == 0
     out, err = capsys.readouterr()
-    assert "local attention: least CPU time of 1 rounds, taken in turns, 1 thread" in out
-    assert "causal window 256, L 64" in err
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["local.json", "local.md"]
-    saved = json.loads((tmp_path / "new" / "local.json").read_text())
-    assert saved["suite"] == "local"
+    assert "sparse attention: least CPU time of 1 rounds, taken in turns, 1 thread" in out
+    assert "blocks of 64, 10% of them, L 64" in err
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["sparse.json", "sparse.md"]
+    saved = json.loads((tmp_path / "new" / "sparse.json").read_text())
+    assert saved["suite"] == "sparse"
     assert saved["machine"]["torch"] == torch.__version__
     assert saved["machine"]["date"]
     assert saved["settings"]["lengths"] == [64]
-    text = (tmp_path / "new" / "local.md").read_text()
-    assert text.startswith("# Local attention beside its alternatives\n")
-    assert text.count("\n| causal window 256, L 64") == len([r for r in saved["rows"] if "window" in r["case"]])
+    text = (tmp_path / "new" / "sparse.md").read_text()
+    assert text.startswith("# Sparse attention beside its alternatives\n")
+    assert text.count("\n| blocks of 64, 10% of them, L 64") == 1
 
 
 @pytest.mark.parametrize(

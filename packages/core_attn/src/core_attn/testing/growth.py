@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from core_attn.contract import Growth
@@ -62,19 +62,19 @@ class CountingMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace not in ("aten", "prim", "prims"):
             # A custom operator: run its kernel under this mode, so that what it does inside is counted.
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            tensors = _tensors((*args, *kwargs.values()))
             key = torch._C.DispatchKey.CUDA if any(t.is_cuda for t in tensors) else torch._C.DispatchKey.CPU
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
         out = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if not _is_view(func):
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            products = _products(func, args, kwargs, out, inputs)
-            transforms = _transforms(func, args, inputs, outputs)
-            self.flops += products + transforms
-            self.work += products or transforms or _touched(func, inputs, outputs)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if _is_view(func):
+            return out
+        inputs, outputs = _tensors((*args, *kwargs.values())), _tensors((out,))
+        products = _products(func, args, kwargs, out, inputs)
+        transforms = _transforms(func, args, inputs, outputs)
+        self.flops += products + transforms
+        self.work += products or transforms or _touched(func, inputs, outputs)
+        given = {t.untyped_storage()._cdata for t in inputs}
         for t in outputs:
             if t.untyped_storage()._cdata not in given:  # views, and results written in place, take no new memory
                 self._track(t)
@@ -117,6 +117,18 @@ def expected_exponent(growth: Growth, length: int) -> float:
     return {Growth.CONSTANT: 0.0, Growth.LINEAR: 1.0, Growth.ROOT: 1.5, Growth.QUADRATIC: 2.0}[growth]
 
 
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of an operator, lists of them included."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [t for t in value if isinstance(t, Tensor)]
+    return found
+
+
+@functools.cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
