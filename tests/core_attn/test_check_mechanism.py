@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
 import core_attn
 from core_attn.contract import Growth, Pattern
@@ -331,6 +332,16 @@ def hidden_square(x: torch.Tensor) -> torch.Tensor:
     return (x[:, None] * x[None]).sum(0)
 
 
+@torch.library.custom_op("attn_test::unseen_product", mutates_args=())
+def unseen_product(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(x.numpy() @ x.numpy().T)
+
+
+@register_flop_formula(torch.ops.attn_test.unseen_product)
+def unseen_flops(x, **more):
+    return 2 * x[0] * x[0] * x[1]
+
+
 def test_counting():
     """Work and bytes of known computations, the inside of a custom operator included."""
     a = torch.randn(100, 20)
@@ -361,6 +372,7 @@ def test_flops_are_counted_apart_from_elementwise_work():
     places, weights = torch.randint(50, (7, 3)), torch.rand(7, 3)
     bag = count(lambda: torch.nn.functional.embedding_bag(places, table, per_sample_weights=weights, mode="sum"))
     assert bag.flops == 2 * 7 * 3 * 8
+    assert count(lambda: unseen_product(torch.ones(30, 20))).flops == 2 * 30 * 30 * 20
     real, whole = torch.randn(6, 64), torch.randn(6, 64, dtype=torch.complex64)
     assert count(lambda: torch.fft.fft(whole)).flops == 5 * 6 * 64 * 6
     assert count(lambda: torch.fft.rfft(real)).flops == 2.5 * 6 * 64 * 6

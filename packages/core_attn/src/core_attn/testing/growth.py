@@ -60,8 +60,9 @@ class CountingMode(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace not in ("aten", "prim", "prims"):
-            # A custom operator: run its kernel under this mode, so that what it does inside is counted.
+        if func.namespace not in ("aten", "prim", "prims") and func._overloadpacket not in flop_registry:
+            # A custom operator: run its kernel under this mode, so that what it does inside is counted. One in another
+            # language says what it takes with `torch.utils.flop_counter.register_flop_formula` instead.
             tensors = _tensors((*args, *kwargs.values()))
             key = torch._C.DispatchKey.CUDA if any(t.is_cuda for t in tensors) else torch._C.DispatchKey.CPU
             with self:
