@@ -12,11 +12,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None =
     Raises:
         ValueError: what is wrong, in one sentence.
     """
-    shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k and v must have shape (B, H, L, D), got {shapes}")
+        raise ValueError(f"q, k and v must have shape (B, H, L, D), got {_shapes(q, k, v)}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q (B, H, L, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) do not fit: got {shapes}")
+        raise ValueError(f"q (B, H, L, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) do not fit: got {_shapes(q, k, v)}")
     if k.shape[1] != q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
@@ -29,6 +28,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None =
                 f"key_padding_mask must have shape (B, M) = {(k.shape[0], k.shape[2])}, "
                 f"got {tuple(key_padding_mask.shape)}"
             )
+
+
+def _shapes(*tensors: Tensor) -> str:
+    # Not before it is needed: torch.compile cannot write down a shape that is not fixed.
+    return ", ".join(str(tuple(t.shape)) for t in tensors)
 
 
 def prepare_qkv(
