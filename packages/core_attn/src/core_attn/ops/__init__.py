@@ -14,6 +14,7 @@ _PUBLIC = {
     "clipped_softmax_attention": "core_attn.ops.clipped",
     "flow_attention": "core_attn.ops.flow",
     "gather_attention": "core_attn.ops.gather",
+    "landmark_attention": "core_attn.ops.landmark",
     "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
     "relative_attention": "core_attn.ops.relative",
