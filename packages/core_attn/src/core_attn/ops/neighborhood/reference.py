@@ -66,7 +66,11 @@ def pairs(
     causal_axes: Sequence[bool],
 ) -> int:
     """How many pairs of a query and a key one head reads."""
-    return math.prod(int(axis_mask(*axis).sum()) for axis in zip(grid, kernel_size, dilation, stride, causal_axes))
+    total = 1
+    for n, size, step, shared, causal in zip(grid, kernel_size, dilation, stride, causal_axes):
+        lines = (reads(len(range(r, n, step)), size, shared, causal) for r in range(step))
+        total *= sum(last - first + 1 for line in lines for first, last in line)
+    return total
 
 
 def relative_bias(rpb: Tensor, grid: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> Tensor:

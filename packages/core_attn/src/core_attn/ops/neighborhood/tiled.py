@@ -42,25 +42,29 @@ class Axis:
         dilation: number of residues, each a line of its own.
         tile: t, queries of a tile.
         tiles: tiles of a line.
-        lead: keys of a halo before the first query of its tile.
+        step: keys from the start of a halo to that of the next.
+        lead: keys of the first halo before the first query.
         halo: w, keys of a halo.
         kinds: for each residue and tile, which of `ranges` is its own.
         ranges: the kinds of tiles: first and last key, counted in the halo, that each query reads.
+        shifts: of each kind, how much further than the first tile's its halo lies to it.
     """
 
     length: int
     dilation: int
     tile: int
     tiles: int
+    step: int
     lead: int
     halo: int
     kinds: tuple[tuple[int, ...], ...]
     ranges: tuple[tuple[tuple[int, int], ...], ...]
+    shifts: tuple[int, ...]
 
     @property
     def padded(self) -> int:
         """Keys of a line with the zeros around it that halos reach into."""
-        return (self.tiles - 1) * self.tile + self.halo if self.tiles else 0
+        return (self.tiles - 1) * self.step + self.halo if self.tiles else 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,7 +89,7 @@ def _tile(options: tuple[tuple[int, int, int, int, bool], ...], channels: int) -
     for n, _, dilation, stride, _ in options:
         line = max(-(-n // dilation), 1)
         # Tiles of nearly one size, in whole stride groups.
-        sizes = {math.ceil(math.ceil(line / count) / stride) * stride for count in range(1, line + 1)}
+        sizes = {line} | {math.ceil(math.ceil(line / count) / stride) * stride for count in range(1, line + 1)}
         candidates.append(sorted(t for t in sizes if t <= max(widest, stride)))
 
     halos = [{t: _axis(*axis, t).halo for t in sizes} for axis, sizes in zip(options, candidates)]
@@ -104,21 +108,26 @@ def _axis(length: int, kernel_size: int, dilation: int, stride: int, causal: boo
     lines = [reads(len(range(r, length, dilation)), kernel_size, stride, causal) for r in range(min(dilation, length))]
     tiles = -(-len(lines[0]) // tile) if lines else 0
     cut = [[line[a * tile : (a + 1) * tile] for a in range(tiles)] for line in lines]
-    lead = max((a * tile - first for line in cut for a, part in enumerate(line) for first, _ in part), default=0)
-    last = max((last - a * tile for line in cut for a, part in enumerate(line) for _, last in part), default=0)
-    halo = lead + last + 1
-    kinds: dict[tuple[tuple[int, int], ...], int] = {}
+    firsts = [min((line[a][0][0] for line in cut if line[a]), default=0) for a in range(tiles)]
+    # Two halos are a strided view wherever they start: then each holds just what its tile reads.
+    step = firsts[1] - firsts[0] if tiles == 2 else tile
+    lead = max((a * step - first for a, first in enumerate(firsts)), default=0)
+    halo = (
+        max((last - a * step for line in cut for a, part in enumerate(line) for _, last in part), default=0) + lead + 1
+    )
+    kinds: dict[tuple[tuple[tuple[int, int], ...], int], int] = {}
     of = []
     for line in cut:
         row = []
         for a, part in enumerate(line):
-            ranges = [(first - a * tile + lead, last - a * tile + lead) for first, last in part]
+            ranges = [(first - a * step + lead, last - a * step + lead) for first, last in part]
             # Queries past the end of a line are no queries: they may read anything, and nothing asks what.
             ranges += [(0, halo - 1)] * (tile - len(part))
-            row.append(kinds.setdefault(tuple(ranges), len(kinds)))
+            row.append(kinds.setdefault((tuple(ranges), a * (step - tile)), len(kinds)))
         of.append(tuple(row))
     of += [()] * (dilation - len(of))
-    return Axis(length, dilation, tile, tiles, lead, halo, tuple(of), tuple(kinds))
+    every, shifts = zip(*kinds) if kinds else ((), ())
+    return Axis(length, dilation, tile, tiles, step, lead, halo, tuple(of), every, shifts)
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,6 +184,7 @@ class _Tiles:
         self.ceilings = _ceilings(self.axes, self.dtype, self.device)
         self.rpb = rpb
         self._scratch: dict[str, Tensor] = {}
+        self._relative: dict[tuple[int, ...], Tensor] = {}
         self._biases: dict[tuple[tuple[int, ...], ...], tuple[Tensor, Tensor | None]] = {}
 
     # --- layout ---
@@ -284,10 +294,17 @@ class _Tiles:
             inner.insert(0, inner[0] * axis.halo)
         for n in reversed(counts):
             outer.insert(0, outer[0] * n)
-        pieces = ([(at, min(a.tile, a.halo - at)) for at in range(0, a.halo, a.tile)] for a in self.axes)
-        for piece in itertools.product(*pieces):
-            target = self.part(into, box, [at for at, _ in piece], [size for _, size in piece])
-            offset = sum(at * stride for (at, _), stride in zip(piece, inner))
+        rank, choices = self.rank, []
+        for axis, tiles in zip(self.axes, box[rank:]):
+            if axis.step == axis.tile:
+                choices.append([(tiles, at, min(axis.tile, axis.halo - at)) for at in range(0, axis.halo, axis.tile)])
+            else:
+                choices.append([((a, a + 1), 0, axis.halo) for a in range(*tiles)])
+        for choice in itertools.product(*choices):
+            some = (*box[:rank], *(tiles for tiles, _, _ in choice))
+            target = self.part(into, some, [at for _, at, _ in choice], [size for _, _, size in choice])
+            offset = sum(at * stride for (_, at, _), stride in zip(choice, inner))
+            offset += sum((n - start) * stride for (n, _), (start, _), stride in zip(some, box, outer[1:]))
             target += halos.as_strided(target.shape, (*outer, *inner, 1), offset)
 
     def part(self, x: Tensor, box: tuple[tuple[int, int], ...], at: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -298,7 +315,7 @@ class _Tiles:
         rank, strides = self.rank, x.stride()
         residues = strides[3 : 3 + rank]
         lines = [axis.dilation * stride for axis, stride in zip(self.axes, residues)]
-        steps = [*residues, *(axis.tile * line for axis, line in zip(self.axes, lines))]
+        steps = [*residues, *(axis.step * line for axis, line in zip(self.axes, lines))]
         offset = sum(n * step for (n, _), step in zip(box, steps)) + sum(n * line for n, line in zip(at, lines))
         shape = (x.shape[0], *(stop - start for start, stop in box), *x.shape[1:3], *size, x.shape[-1])
         return x.as_strided(shape, (strides[0], *steps, *strides[1:3], *lines, 1), offset)
@@ -345,31 +362,43 @@ class _Tiles:
             bias = bias.expand(*counts, *bias.shape[2 * rank :])
         bias, empty = bias.reshape(-1, 1, 1, 1, self.tile, self.halo), None
         if self.rpb is not None:
-            bias = bias + self.relative.unflatten(0, (self.groups, self.shared))
+            relative = [self.relative(shifts).unflatten(0, (self.groups, self.shared)) for shifts in self.shifts(box)]
+            bias = bias + (relative[0] if len(relative) == 1 else torch.stack(relative).unsqueeze(1))
             dead = bias.amax(dim=-1, keepdim=True) == -_INF
             empty = dead if bool(dead.any()) else None
         self._biases[kinds] = bias, empty
         return bias, empty
 
-    @functools.cached_property
-    def places(self) -> Tensor:
+    def shifts(self, box: tuple[tuple[int, int], ...]) -> list[tuple[int, ...]]:
+        """How the halos of a box's tiles lie to them, on every axis; one for each tile, or one for all."""
+        rank = self.rank
+        found = [
+            tuple(axis.shifts[axis.kinds[r][a]] for axis, r, a in zip(self.axes, place[:rank], place[rank:]))
+            for place in itertools.product(*(range(*n) for n in box))
+        ]
+        return found[:1] if len(set(found)) == 1 else found
+
+    def places(self, shifts: tuple[int, ...]) -> Tensor:
         """(t·w,) where in a head's flattened relative bias a query of a tile and a key of its halo look.
 
-        Halos lie to their tiles the same way everywhere; places outside of windows are masked, and anything will do.
+        Places outside of windows are masked, and anything will do.
         """
         places = torch.zeros((), dtype=torch.int64)
-        for i, (axis, size) in enumerate(zip(self.axes, self.kernel_size)):
-            offset = torch.arange(axis.halo) - axis.lead - torch.arange(axis.tile)[:, None]
+        for i, (axis, size, shift) in enumerate(zip(self.axes, self.kernel_size, shifts)):
+            offset = torch.arange(axis.halo) - axis.lead + shift - torch.arange(axis.tile)[:, None]
             shape = [1] * (2 * self.rank)
             shape[i], shape[self.rank + i] = axis.tile, axis.halo
             places = places * (2 * size - 1) + (offset + size - 1).clamp(0, 2 * size - 2).view(shape)
         return places.flatten().to(self.device)
 
-    @functools.cached_property
-    def relative(self) -> Tensor:
+    def relative(self, shifts: tuple[int, ...]) -> Tensor:
         """(H, t, w) the relative bias between a tile and its halo."""
         assert self.rpb is not None
-        return self.rpb.to(self.dtype).flatten(1)[:, self.places].view(self.rpb.shape[0], self.tile, self.halo)
+        found = self._relative.get(shifts)
+        if found is None:
+            found = self.rpb.to(self.dtype).flatten(1)[:, self.places(shifts)]
+            found = self._relative[shifts] = found.view(self.rpb.shape[0], self.tile, self.halo)
+        return found
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
@@ -388,7 +417,8 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> t
         tiles = _Tiles(q, k, v, *options)
         d = tiles.tiled(dout)
         dsources = [torch.zeros_like(x) for x in tiles.sources]
-        drelative = None if rpb is None else tiles.relative.new_zeros(tiles.relative.shape)
+        drpb = q.new_empty(0) if rpb is None else torch.zeros(rpb.shape, dtype=tiles.dtype, device=rpb.device)
+        drelative: dict[tuple[int, ...], Tensor] = {}
         dextra_k, dextra_v = (None if x is None else torch.zeros_like(x, dtype=tiles.dtype) for x in (extra_k, extra_v))
         for at, box in tiles.boxes():
             keys, values = tiles.halos(box)
@@ -406,21 +436,23 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> t
             for dextra, dhalo in ((dextra_k, dkeys), (dextra_v, dvalues)):
                 if dextra is not None:
                     dextra += dhalo[:, :, :, tiles.halo :].sum(0)
-            if drelative is not None:
-                dscores = ds.view((at.stop - at.start) * k.shape[0], k.shape[1], *ds.shape[1:])[..., : tiles.halo].sum(
-                    0
-                )
-                drelative += dscores.view(drelative.shape)
+            if rpb is not None:
+                dscores = ds.view(at.stop - at.start, k.shape[0], *rpb.shape[:1], tiles.tile, ds.shape[-1])
+                dscores = dscores[..., : tiles.halo].sum(dim=1)
+                shifts = tiles.shifts(box)
+                for each in set(shifts):
+                    own = (
+                        dscores if len(shifts) == 1 else dscores[[n for n, other in enumerate(shifts) if other == each]]
+                    )
+                    drelative[each] = drelative.get(each, 0.0) + own.sum(dim=0)
         dk, dv = (x for part in dsources for x in tiles.inner(part))
-        drpb = q.new_empty(0)
-        if drelative is not None:
-            drpb = drelative.new_zeros(rpb.shape[0], rpb[0].numel()).index_add_(1, tiles.places, drelative.flatten(1))
-            drpb = drpb.view(rpb.shape).to(rpb.dtype)
+        for lie, relative in drelative.items():
+            drpb.flatten(1).index_add_(1, tiles.places(lie), relative.flatten(1))
         return (
             tiles.untiled(tiles.q.mul_(options[-1]), q.dtype),
             tiles.flat(dk, k.dtype),
             tiles.flat(dv, v.dtype),
-            drpb,
+            drpb if rpb is None else drpb.to(rpb.dtype),
             q.new_empty(0) if dextra_k is None else dextra_k.to(k.dtype),
             q.new_empty(0) if dextra_v is None else dextra_v.to(v.dtype),
         )
