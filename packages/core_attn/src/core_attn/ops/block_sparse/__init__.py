@@ -11,11 +11,12 @@ from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
 from core_attn.ops.arguments import check_qkv, default_scale, prepare_qkv
-from core_attn.ops.block_sparse import blocked, reference
+from core_attn.ops.block_sparse import blocked, reference, triton
 
 OPERATOR = Operator(
     "block_sparse_attention",
     [
+        Backend("triton", triton.run, triton.why_not, triton.pass_over),
         Backend("torch", blocked.run),
         Backend("reference", reference.run, pass_over=reference.pass_over),
     ],
