@@ -453,7 +453,7 @@ def test_what_auto_takes_on_the_cpu() -> None:
     assert chosen(2048, causal=True, key_padding=True) == "torch"
     assert chosen(1024, bias=True, bias_requires_grad=True, requires_grad=True) == "torch"
     assert chosen(1024, dropout=0.1, requires_grad=True) == "torch"
-    assert chosen(1024, value=32) == "torch"
+    assert chosen(1024, value=32) == "sdpa"
     assert chosen(0, 5) == "sdpa"
 
 

@@ -239,15 +239,16 @@ class LatentAttention(TokenMixer):
         """`attend` on the latent vectors themselves, one key head for all, with W_UK and W_UV on the queries' side."""
         up_k, up_v = (p.weight.unflatten(0, (self.heads, -1)) for p in (self.k_proj, self.v_proj))  # (H, D, R)
         still, turning = q.split([self.head_dim, self.rope], dim=-1)
+        # Values as wide as the keys are what every kernel takes; their last N channels are not used.
         out = softmax_attention(
             torch.cat([still @ up_k, turning], dim=-1),
             compressed,
-            compressed[..., : self.latent],
+            compressed,
             causal=True,
             scale=self.scale,
             backend=self.backend,
         )
-        return out @ up_v.mT
+        return out[..., : self.latent] @ up_v.mT
 
     def sizes(
         self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None

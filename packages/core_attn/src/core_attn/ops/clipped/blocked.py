@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from core_attn.ops.softmax.blocked import Blocks
 
@@ -41,33 +42,48 @@ class _Clipped(Blocks):
         masks = [] if key_padding_mask is None else [key_padding_mask[:, None, None, :]]
         super().__init__(q, k, v, None, masks, None, None, 0 if causal else None, scale, 0.0)
         self.rows, self.columns = _block_sizes(q.shape[-1], on_cpu=q.device.type == "cpu")
-        self.gamma, self.zeta = gamma, zeta
+        # In terms of the softmax's weight p: clip(u) = stretch · clip(p - least, 0, 1 / stretch).
+        self.stretch = zeta - gamma
+        self.least, self.most = -gamma / self.stretch, (1.0 - gamma) / self.stretch
 
-    def normaliser(self, rows: Tensor, r0: int, r1: int) -> tuple[Tensor | None, Tensor | None]:
-        """Log-sum-exp (B·N, G·rows, 1) of a block of rows, and its scores where one block of keys is all of them."""
-        lse, s = None, None
+    def softmax(self, rows: Tensor, r0: int, r1: int) -> tuple[Tensor, Tensor | None] | None:
+        """Log-sum-exp (B·N, G·rows, 1) of a block of rows, and its weights where one block of keys is all of them."""
+        so_far: tuple[Tensor, Tensor] | None = None
         blocks = [*self.key_blocks(r0, r1)]
+        p: Tensor | None = None
         for c0, c1 in blocks:
-            s = self.scores(rows, r0, r1, c0, c1)
-            part = torch.logsumexp(s, dim=-1, keepdim=True)
-            lse = part if lse is None else torch.logaddexp(lse, part)
+            p = self.scores(rows, r0, r1, c0, c1)
+            top = p.amax(dim=-1, keepdim=True)
+            if so_far is not None:
+                top = torch.maximum(top, so_far[0])
+            base = top.masked_fill(top == -_INF, 0.0)
+            total = p.sub_(base).exp_().sum(dim=-1, keepdim=True)
+            if so_far is not None:
+                total += so_far[1] * torch.exp(so_far[0] - base)
+            so_far = top, total
+        if so_far is None or p is None:
+            return None
+        top, total = so_far
+        empty = total == 0
         # exp(score - inf) is the zero weight of rows that read nothing.
-        return None if lse is None else lse.masked_fill_(lse == -_INF, _INF), s if len(blocks) == 1 else None
+        lse = (top + total.log()).masked_fill_(empty, _INF)
+        return lse, p.div_(total.masked_fill(empty, 1.0)) if len(blocks) == 1 else None
 
     def clipped(self, p: Tensor) -> Tensor:
-        return torch.add(p * (self.zeta - self.gamma), self.gamma).clamp_(0.0, 1.0)
+        """The clipped weights, divided by `stretch`."""
+        return (p - self.least).clamp_(0.0, 1.0 / self.stretch)
 
     def sloped(self, p: Tensor) -> Tensor:
-        """g: what a change of the softmax's weight is multiplied with."""
-        u = torch.add(p * (self.zeta - self.gamma), self.gamma)
-        return (u >= 0.0).logical_and_(u <= 1.0).to(p.dtype).mul_(self.zeta - self.gamma)
+        """p where a change of it changes the clipped weight, else 0."""
+        inside = F.threshold(p, self.least, 0.0)
+        return inside.mul_(p <= self.most) if self.most < 1.0 else inside
 
 
 def _block_sizes(channels: int, *, on_cpu: bool) -> tuple[int, int]:
     """Rows and columns of a block, smaller where inputs are so narrow that a block's matrices would outweigh them."""
     if not on_cpu:
         return 512, 1024
-    return (128, 512) if channels >= 16 else (64, 128)
+    return (128, 256) if channels >= 16 else (64, 128)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,21 +95,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
         sums = torch.zeros_like(out, dtype=b.dtype) if slope else lse.new_zeros(0)  # Σ p g v
         for r0, r1 in b.row_blocks():
             rows = b.take_rows(b.q, r0, r1) * b.scale
-            stats, s = b.normaliser(rows, r0, r1)
-            if stats is None:
+            found = b.softmax(rows, r0, r1)
+            if found is None:
                 continue
+            stats, whole = found
             total, weighted = None, None
             for c0, c1 in b.key_blocks(r0, r1):
-                p = (b.scores(rows, r0, r1, c0, c1) if s is None else s).sub_(stats).exp_()
+                p = b.scores(rows, r0, r1, c0, c1).sub_(stats).exp_() if whole is None else whole
                 read = b.v[:, c0:c1]
                 total = _added(total, b.clipped(p), read)
                 if slope:
-                    weighted = _added(weighted, b.sloped(p).mul_(p), read)
+                    weighted = _added(weighted, b.sloped(p), read)
             assert total is not None
-            b.put_rows(b.grouped(out), total, r0, r1)
+            b.put_rows(b.grouped(out), total.mul_(b.stretch), r0, r1)
             b.put_rows(b.grouped(lse).unsqueeze(-1), stats, r0, r1)
             if weighted is not None:
-                b.put_rows(b.grouped(sums), weighted, r0, r1)
+                b.put_rows(b.grouped(sums), weighted.mul_(b.stretch), r0, r1)
         return out, lse, sums
 
 
@@ -113,10 +130,11 @@ def _backward(
             d = b.take_rows(b.grouped(dout), r0, r1)
             stats = b.take_rows(b.grouped(lse).unsqueeze(-1), r0, r1)
             mean = (d * b.take_rows(b.grouped(sums), r0, r1)).sum(dim=-1, keepdim=True)
+            d = d * b.stretch
             drows = torch.zeros_like(rows)
             for c0, c1 in b.key_blocks(r0, r1):
                 p = b.scores(rows, r0, r1, c0, c1).sub_(stats).exp_()
-                ds = torch.bmm(d, b.v[:, c0:c1].transpose(1, 2)).mul_(b.sloped(p)).sub_(mean).mul_(p)
+                ds = torch.bmm(d, b.v[:, c0:c1].transpose(1, 2)).mul_(b.sloped(p)).addcmul_(p, mean, value=-1)
                 dv[:, c0:c1].baddbmm_(b.clipped(p).transpose(1, 2), d)
                 dk[:, c0:c1].baddbmm_(ds.transpose(1, 2), rows)
                 drows.baddbmm_(ds, b.k[:, c0:c1])
