@@ -57,10 +57,10 @@ def test_the_rule_equals_natten() -> None:
     rng = random.Random(0)
     torch.manual_seed(0)
     seen = 0
-    for _ in range(60):
+    for _ in range(100):
         window = _windows(rng, (40, 12, 6))
-        if min(window["kernel_size"]) < 2:
-            continue  # NATTEN's smallest window
+        if min(window["kernel_size"]) < 2 or window["kernel_size"] == window["grid"]:
+            continue  # NATTEN's smallest window is 2; the largest it hands to a kernel that no CPU has
         seen += 1
         grid = window["grid"]
         q, k, v = (torch.randn(1, *grid, 2, 8) for _ in range(3))
@@ -70,7 +70,7 @@ def test_the_rule_equals_natten() -> None:
         q, k, v, right = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v, right))
         for backend in ("torch", "reference"):
             assert _difference(neighborhood_attention(q, k, v, **window, backend=backend), right) <= 1e-5, window
-    assert seen > 25
+    assert seen > 35
 
 
 def test_200_random_draws() -> None:
