@@ -114,20 +114,25 @@ inline __m512 exp2(__m512 x) {
 //
 // A left operand is row major. A right operand is row major too, but for bfloat16 its rows are interleaved two by two
 // (VNNI). Where numbers are split into pieces, a left operand has the pieces side by side and a right operand has them
-// one below the other.
+// one below the other, largest first.
 //
 // `row` stores 32 numbers of a row of a left operand and returns sixteen sums of two of them, as they were rounded: weights
 // that are divided by the sum of what was multiplied add up to 1 exactly. `pair` stores sixteen columns of two rows of a
 // right operand.
 //
 // libtorch generates code for each size of matmul, and going from one size to another takes as long as a small matmul
-// does. So whoever calls `multiply` does many of one size before any of another.
+// does. So whoever calls `multiply` does many of one size before any of another. The numbers of queries and keys of a
+// forward tile are such that its scores stay in the first-level cache, the numbers of tiles such that what is multiplied
+// in a row stays in the second-level one.
 
 struct Plain {  // float32 as it is
   using In = float;
   using Element = float;
   static constexpr int pieces = 1, degree = 5;
-  static constexpr bool tiles = false;
+  static constexpr int64_t queries = 64, keys = 128, query_tiles = 2, key_tiles = 8, backward_tiles = 8;
+
+  static void begin() {}
+  static void end() {}
 
   static inline __m512 row(float* to, int64_t, __m512 a, __m512 b) {
     _mm512_store_ps(to, a);
@@ -159,7 +164,10 @@ struct Half {  // bfloat16
   using In = BFloat16;
   using Element = BFloat16;
   static constexpr int pieces = 1, degree = 3;
-  static constexpr bool tiles = true;
+  static constexpr int64_t queries = 64, keys = 128, query_tiles = 2, key_tiles = 8, backward_tiles = 8;
+
+  static void begin() {}
+  static void end() { brgemm_release(true); }
 
   static inline __m512 row(BFloat16* to, int64_t, __m512 a, __m512 b) {
     const __m512i rounded = join(a, b);
@@ -176,52 +184,115 @@ struct Half {  // bfloat16
   }
 };
 
+#endif
+#ifdef __AMX_BF16__
+
 // float32 as the sum of three bfloat16 numbers of 8 bits each, which is all of its 24: high + middle + low. Of the nine
-// products of two such sums, the three that are 2^-24 and less of the largest are left out. Where the tile unit (AMX)
-// multiplies bfloat16 more than six times as fast as the vector unit multiplies float32, that is faster at the same
-// accuracy. A left operand is [high | high | middle | low] and a right one [low; middle; high; high]: then two matmuls
-// of one size, each of three neighbouring pieces, give the six products.
+// products of two such sums, the three that are 2^-24 and less of the largest are left out. The tile unit (AMX)
+// multiplies bfloat16 more than six times as fast as the vector unit multiplies float32, so that this is faster at the
+// same accuracy. What makes it so is that a piece, once in a tile register, is used in all its products, which libtorch's
+// matmul cannot do; so the tiles are multiplied here.
 struct Split {
   using In = float;
   using Element = BFloat16;
-  static constexpr int pieces = 4, degree = 5;
-  static constexpr bool tiles = true;
+  static constexpr int pieces = 3, degree = 5;
+  static constexpr int64_t queries = 32, keys = 64, query_tiles = 4, key_tiles = 1, backward_tiles = 2;
 
   static inline __m512 top(__m512 x) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff0000)));
   }
   static inline __m512 row(BFloat16* to, int64_t columns, __m512 a, __m512 b) {
     const __m512 sum = _mm512_add_ps(a, b);
-    __m512 x = top(a), y = top(b);
-    const __m512i high = join(x, y);
-    _mm512_store_si512(to, high);
-    _mm512_store_si512(to + columns, high);
-    a = _mm512_sub_ps(a, x);
-    b = _mm512_sub_ps(b, y);
-    x = top(a), y = top(b);
-    _mm512_store_si512(to + 2 * columns, join(x, y));
-    _mm512_store_si512(to + 3 * columns, join(_mm512_sub_ps(a, x), _mm512_sub_ps(b, y)));
+    for (int piece = 0; piece < 2; ++piece, to += columns) {
+      const __m512 x = top(a), y = top(b);
+      _mm512_store_si512(to, join(x, y));
+      a = _mm512_sub_ps(a, x);
+      b = _mm512_sub_ps(b, y);
+    }
+    _mm512_store_si512(to, join(a, b));
     return sum;
   }
+  // In panels of 32 columns, so that what a tile register takes lies together.
   static inline void pair(BFloat16* to, int64_t r, int64_t c, int64_t rows, int64_t columns, __m512 a, __m512 b) {
-    const int64_t piece = rows * columns;
-    to += r * columns + 2 * c;
-    __m512 x = top(a), y = top(b);
-    const __m512i high = interleave(x, y);
-    _mm512_store_si512(to + 3 * piece, high);
-    _mm512_store_si512(to + 2 * piece, high);
-    a = _mm512_sub_ps(a, x);
-    b = _mm512_sub_ps(b, y);
-    x = top(a), y = top(b);
-    _mm512_store_si512(to + piece, interleave(x, y));
-    _mm512_store_si512(to, interleave(_mm512_sub_ps(a, x), _mm512_sub_ps(b, y)));
+    to += c / 32 * rows * 32 + r * 32 + c % 32 * 2;
+    for (int piece = 0; piece < 2; ++piece, to += rows * columns) {
+      const __m512 x = top(a), y = top(b);
+      _mm512_store_si512(to, interleave(x, y));
+      a = _mm512_sub_ps(a, x);
+      b = _mm512_sub_ps(b, y);
+    }
+    _mm512_store_si512(to, interleave(a, b));
   }
+
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } layout;
+    _tile_loadconfig(&layout);
+  }
+  static void end() { _tile_release(); }
+
+// Tile registers: 0 to 3 hold 32 x 32 sums, 4 and 5 hold 32 rows of the left operand, 6 and 7 32 columns of the right.
+#define SUMS(move)                           \
+  move(0, to, columns * 4);                  \
+  move(1, to + 16, columns * 4);             \
+  move(2, to + 16 * columns, columns * 4);   \
+  move(3, to + 16 * columns + 16, columns * 4)
+#define LEFT(piece)                                        \
+  _tile_loadd(4, left + (piece) * inner, lda * 2);         \
+  _tile_loadd(5, left + (piece) * inner + 16 * lda, lda * 2)
+#define RIGHT(piece)                                         \
+  _tile_loadd(6, right + (piece) * inner * columns, 128);    \
+  _tile_loadd(7, right + (piece) * inner * columns + 32, 128)
+#define PRODUCT             \
+  _tile_dpbf16ps(0, 4, 6);  \
+  _tile_dpbf16ps(1, 4, 7);  \
+  _tile_dpbf16ps(2, 5, 6);  \
+  _tile_dpbf16ps(3, 5, 7)
+
   static void multiply(
       int64_t rows, int64_t columns, int64_t inner, const BFloat16* a, const BFloat16* b, float* c, bool add) {
-    if (!add) std::memset(c, 0, rows * columns * sizeof(float));  // rather than a matmul of another kind
-    brgemm(rows, columns, 3 * inner, 4 * inner, columns, columns, true, a + inner, b, c, true);
-    brgemm(rows, columns, 3 * inner, 4 * inner, columns, columns, true, a, b + inner * columns, c, true);
+    const int64_t lda = pieces * inner;
+    // The compiler does not know what tile instructions read and write.
+    asm volatile("" ::: "memory");
+    for (int64_t j = 0; j < columns; j += 32)
+      for (int64_t i = 0; i < rows; i += 32) {
+        float* to = c + i * columns + j;
+        if (add) {
+          SUMS(_tile_loadd);
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        }
+        for (int64_t k = 0; k < inner; k += 32) {
+          const BFloat16 *left = a + i * lda + k, *right = b + j * inner + k * 32;
+          LEFT(0);
+          RIGHT(2);
+          PRODUCT;
+          RIGHT(1);
+          PRODUCT;
+          LEFT(1);
+          PRODUCT;
+          RIGHT(0);
+          PRODUCT;
+          LEFT(2);
+          PRODUCT;
+          LEFT(0);
+          PRODUCT;
+        }
+        SUMS(_tile_stored);
+      }
+    asm volatile("" ::: "memory");
   }
+
+#undef SUMS
+#undef LEFT
+#undef RIGHT
+#undef PRODUCT
 };
 
 #endif
@@ -344,10 +415,8 @@ template <class Mode>
 struct Forward {
   using Element = typename Mode::Element;
   using In = typename Mode::In;
-  // Queries and keys of a tile, such that its scores stay in the first-level cache, and how many tiles are multiplied in
-  // a row with one size of matmul.
-  static constexpr int64_t Q = 64, K = 128;
-  static constexpr int64_t QUERY_TILES = Mode::pieces == 1 ? 2 : 4, KEY_TILES = Mode::pieces == 1 ? 8 : 2;
+  static constexpr int64_t Q = Mode::queries, K = Mode::keys;
+  static constexpr int64_t QUERY_TILES = Mode::query_tiles, KEY_TILES = Mode::key_tiles;
 
   explicit Forward(const Call& call)
       : c(call),
@@ -361,8 +430,9 @@ struct Forward {
     const int64_t parts = up(c.queries, Q * QUERY_TILES) / (Q * QUERY_TILES);
     at::parallel_for(0, c.batch * c.heads * parts, 1, [&](int64_t from, int64_t to) {
       Workspace w(*this);
+      Mode::begin();
       for (int64_t n = from; n < to; ++n) rows(n / parts, n % parts * Q * QUERY_TILES, w);
-      brgemm_release(Mode::tiles);
+      Mode::end();
     });
   }
 
@@ -565,7 +635,7 @@ template <class Mode>
 struct Backward {
   using Element = typename Mode::Element;
   using In = typename Mode::In;
-  static constexpr int64_t Q = 128, K = 64, TILES = Mode::pieces == 1 ? 8 : 2;
+  static constexpr int64_t Q = 128, K = 64, TILES = Mode::backward_tiles;
 
   explicit Backward(const Call& call)
       : c(call),
@@ -582,8 +652,9 @@ struct Backward {
   void run() {
     at::parallel_for(0, c.batch * c.heads, 1, [&](int64_t from, int64_t to) {
       Workspace w(*this);
+      Mode::begin();
       for (int64_t head = from; head < to; ++head) run(head, w);
-      brgemm_release(Mode::tiles);
+      Mode::end();
     });
     if (shared > 1)
       at::parallel_for(0, c.batch * c.groups, 1, [&](int64_t from, int64_t to) {
@@ -774,7 +845,9 @@ const char* dispatch(const Call& call) {
       Direction<Half>(call).run();
       return nullptr;
     }
-    if (could_pack(at::kBFloat16)) {  // true where the matmul has a tile unit
+#endif
+#ifdef __AMX_BF16__
+    if (could_pack(at::kBFloat16)) {  // whether oneDNN may use the tile unit, for which it asks the system
       Direction<Split>(call).run();
       return nullptr;
     }

@@ -137,7 +137,9 @@ def _compiler() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    return (*_FLAGS, "-mavx512bf16") if "avx512_bf16" in _cpu_flags() else _FLAGS
+    half = "avx512_bf16" in _cpu_flags()
+    tiles = half and {"amx_tile", "amx_bf16"} <= _cpu_flags()
+    return (*_FLAGS, *["-mavx512bf16"] * half, *["-mamx-tile", "-mamx-bf16"] * tiles)
 
 
 @functools.cache
