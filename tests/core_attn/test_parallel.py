@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import core_attn
 from core_attn import parallel
 from core_attn.einsums import pairs_read
 
@@ -145,3 +146,34 @@ def test_blocks_travel_no_farther_than_they_are_read():
     assert hops(65, 0) == 2
     assert hops(0, 0) == 0
     assert hops(0, 1) == 7  # the next process's block has all the way round to go
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "independent"),
+    [
+        ("softmax", {"kv_heads": 2}, True),
+        ("flow", {"causal": True}, True),
+        ("prob_sparse", {}, True),
+        ("auto_correlation", {}, False),  # one set of delays for all heads
+        ("longlora", {}, False),  # half of the heads see shifted groups
+        ("ls", {}, False),  # half of the heads see a window
+        ("duo", {}, False),  # some heads stream
+        ("s2", {"causal": True}, False),  # strides with an offset of each head's own
+        ("relative", {}, False),  # a table for each head
+    ],
+)
+def test_heads_that_can_be_split(name, options, independent):
+    """Found out by trying, at a length where not all pairs are read."""
+    mixer = core_attn.build(name, dim=16, heads=4, **options)
+    assert parallel._heads_are_independent(mixer, 2) is independent
+    assert mixer.training
+
+
+def test_what_the_ring_splits():
+    """Softmax attention with nothing of its own in front of it."""
+    assert parallel._ring_overrides(core_attn.build("softmax", dim=16, heads=4, window=4), None, "contiguous")
+    for name in ("kdgqa", "flow"):
+        with pytest.raises(ValueError, match=f"{name} is not exact softmax attention"):
+            parallel._ring_overrides(core_attn.build(name, dim=16, heads=4), None, "contiguous")
+    with pytest.raises(ValueError, match="kdgqa is not made of heads with one attention each"):
+        parallel._heads_overrides(core_attn.build("kdgqa", dim=16, heads=4), None, 2)

@@ -426,7 +426,7 @@ def parallelize(
         model: a module that holds token mixers, or is one; with the same weights on all processes.
         group: the processes; all by default.
         how: "ring" splits exact softmax attention (mechanism "softmax") by context. "heads" splits any mechanism of
-            heads that do not depend on each other, which is tried out on a few random tokens.
+            heads that do not depend on each other or on which head they are, which is tried out on random tokens.
         layout: of "ring", see `shard`.
 
     Raises:
@@ -438,7 +438,7 @@ def parallelize(
     """
     if how not in ("ring", "heads"):
         raise unknown("way to split", how, ["ring", "heads"])
-    rank, world = _place(group)
+    world = _place(group)[1]
     _pieces(layout, world)
     if how == "heads" and layout != "contiguous":
         raise ValueError("layout zigzag balances the ring; how='heads' takes tokens in their order")
@@ -452,7 +452,7 @@ def parallelize(
         if how == "ring":
             overrides.append((mixer, _ring_overrides(mixer, group, layout)))
         else:
-            overrides.append((mixer, _heads_overrides(mixer, group, rank, world)))
+            overrides.append((mixer, _heads_overrides(mixer, group, world)))
     with ExitStack() as undo:
         for mixer, replaced in overrides:
             for name, function in replaced.items():
@@ -462,7 +462,7 @@ def parallelize(
 
 
 def _ring_overrides(mixer: TokenMixer, group: Group | None, layout: Layout) -> dict[str, Any]:
-    if not isinstance(mixer, SoftmaxAttention) or type(mixer).attend is not SoftmaxAttention.attend:
+    if not isinstance(mixer, SoftmaxAttention) or _replaced(mixer, SoftmaxAttention, *_FRAME, "attend", "side_input"):
         raise ValueError(f"{mixer.info.name} is not exact softmax attention, which how='ring' splits; try how='heads'")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None, aux: Any) -> Tensor:
@@ -484,6 +484,15 @@ def _ring_overrides(mixer: TokenMixer, group: Group | None, layout: Layout) -> d
     return {"attend": attend}
 
 
+# What of the common frame would see a process's own tokens only.
+_FRAME = ("forward", "prepare")
+
+
+def _replaced(mixer: TokenMixer, base: type, *methods: str) -> bool:
+    """Whether the mixer's class has a method of its own in place of one of these."""
+    return any(getattr(type(mixer), method) is not getattr(base, method) for method in methods)
+
+
 class _Call(NamedTuple):
     """What `side_input` is given, kept until `attend` has all tokens."""
 
@@ -493,14 +502,14 @@ class _Call(NamedTuple):
     generator: torch.Generator | None
 
 
-def _heads_overrides(mixer: TokenMixer, group: Group | None, rank: int, world: int) -> dict[str, Any]:
+def _heads_overrides(mixer: TokenMixer, group: Group | None, world: int) -> dict[str, Any]:
     name = mixer.info.name
-    if not isinstance(mixer, MultiHeadMixer) or type(mixer).forward is not MultiHeadMixer.forward:
+    if not isinstance(mixer, MultiHeadMixer) or _replaced(mixer, MultiHeadMixer, *_FRAME):
         raise ValueError(f"{name} is not made of heads with one attention each, so it cannot be split by heads")
     _check_heads(mixer.heads, world)
-    if not _heads_are_independent(mixer, rank, world):
-        raise ValueError(f"the heads of {name} depend on each other or on parameters of their own; it cannot be split")
-    own_side_input = type(mixer).side_input is not MultiHeadMixer.side_input
+    if not _heads_are_independent(mixer, world):
+        raise ValueError(f"the heads of {name} depend on each other or on which head they are; it cannot be split")
+    own_side_input = _replaced(mixer, MultiHeadMixer, "side_input")
     original = mixer.attend, mixer.side_input, mixer.check_inputs
 
     def check_inputs(x: Tensor, *, grid: tuple[int, ...] | None = None, **call: Any) -> None:
@@ -549,35 +558,48 @@ class _AllTokens(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _heads_are_independent(mixer: MultiHeadMixer, rank: int, world: int) -> bool:
-    """Whether this process's heads alone give what they give among all: tried on random tokens, not believed."""
-    length = max(16, mixer.info.min_length)
+def _heads_are_independent(mixer: MultiHeadMixer, world: int) -> bool:
+    """Whether each process's heads alone give what they give among all: tried on random tokens, not believed."""
     was_training = mixer.training
-    random = torch.Generator().manual_seed(0)
-    weight = mixer.q_proj.weight
     mixer.eval()
     try:
-        x = torch.randn(2, length, mixer.dim, generator=random).to(weight)
-        q, k, v = (mixer.split_heads(project(x)) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-        grid = None
-        if mixer.info.grid_ranks:
-            grid = (length, *[1] * (min(mixer.info.grid_ranks) - 1))
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            aux = mixer.side_input(q, k, x=x, query_padding_mask=None, grid=grid, generator=None)
-            return mixer.attend(q, k, v, key_padding_mask=None, aux=aux)
-
-        copies = math.lcm(k.shape[1], world) // k.shape[1]
-        k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-        together = run(q, k, v).chunk(world, dim=1)[rank]
-        try:
-            alone = run(*(t.chunk(world, dim=1)[rank] for t in (q, k, v)))
-        except (RuntimeError, ValueError, IndexError):
-            return False  # made for its full number of heads
-        tolerance = torch.finfo(alone.dtype).eps ** 0.5
-        return alone.shape == together.shape and torch.allclose(alone, together, rtol=tolerance, atol=tolerance)
+        return all(_alone_as_among_all(mixer, world, length) for length in _telling_lengths(mixer))
     finally:
         mixer.train(was_training)
+
+
+def _telling_lengths(mixer: TokenMixer) -> list[int]:
+    """A short one and a longer one: heads that read different places differ only where not all pairs are read."""
+    short = max(64, mixer.info.min_length)
+    long = max(1024, short)
+    while (
+        long < 8192
+        and mixer.sizes(batch=1, length=long)["P"] > 0.8 * TokenMixer.sizes(mixer, batch=1, length=long)["P"]
+    ):
+        long *= 2
+    return [short, long if long < 8192 else max(1024, short)]
+
+
+def _alone_as_among_all(mixer: MultiHeadMixer, world: int, length: int) -> bool:
+    weight = mixer.q_proj.weight
+    x = torch.randn(1, length, mixer.dim, generator=torch.Generator().manual_seed(0)).to(weight)
+    q, k, v = (mixer.split_heads(project(x)) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    grid = (length, *[1] * (min(mixer.info.grid_ranks) - 1)) if mixer.info.grid_ranks else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        aux = mixer.side_input(q, k, x=x, query_padding_mask=None, grid=grid, generator=None)
+        return mixer.attend(q, k, v, key_padding_mask=None, aux=aux)
+
+    copies = math.lcm(k.shape[1], world) // k.shape[1]
+    k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
+    together = run(q, k, v)
+    try:
+        # All shares, on every process: they must come to the same decision.
+        alone = torch.cat([run(*share) for share in zip(*(t.chunk(world, dim=1) for t in (q, k, v)))], dim=1)
+    except (RuntimeError, ValueError, IndexError):
+        return False  # made for its full number of heads
+    tolerance = torch.finfo(alone.dtype).eps ** 0.5
+    return alone.shape == together.shape and torch.allclose(alone, together, rtol=tolerance, atol=tolerance)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
