@@ -6,6 +6,7 @@ It is compiled once, into a folder of this test session, so that nothing else in
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -29,7 +30,7 @@ LONG = Request((1, 8, 4096, 64), (1, 8, 4096, 64), (1, 8, 4096, 64))
 def forget() -> None:
     """As in a new process, but for the operators registered with torch."""
     cpu._failures.clear()
-    for cached in (cpu._load, cpu._cpu_flags, cpu._exported, cpu._key):
+    for cached in (cpu._kernel, cpu._load, cpu._cpu_flags, cpu._exported, cpu._key):
         cached.cache_clear()
 
 
@@ -296,6 +297,39 @@ def test_threads_change_nothing(dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("limit", ["AVX512_CORE_BF16", "AVX512_CORE"])
+def test_without_a_tile_unit(limit: str) -> None:
+    """float32 is multiplied as it is then; bfloat16 runs or is refused in words. In a process with oneDNN held back."""
+    code = """
+import torch
+from core_attn.dispatch import BackendError
+from core_attn.ops import softmax_attention
+
+torch.manual_seed(0)
+for options in ({}, {"causal": True, "window": 150}, {"scale": 1.0}):
+    tensors = [torch.randn(1, heads, 300, 40, requires_grad=True) for heads in (4, 2, 2)]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    found = softmax_attention(*tensors, backend="cpu", **options)
+    expected = softmax_attention(*exact, backend="reference", **options)
+    found = [found, *torch.autograd.grad(found.square().sum(), tensors)]
+    expected = [expected, *torch.autograd.grad(expected.square().sum(), exact)]
+    for a, b in zip(found, expected):
+        assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max()), (options, (a - b).abs().max())
+try:
+    half = softmax_attention(*(x.bfloat16() for x in tensors), backend="cpu")
+    assert (half - softmax_attention(*tensors)).abs().max() < 0.05
+except BackendError as error:
+    print("refused:", error)
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    )
+    assert "done" in done.stdout, done.stderr
+    assert ("refused" in done.stdout) == (limit == "AVX512_CORE" or "avx512_bf16" not in cpu._cpu_flags())
 
 
 # As an operator of torch

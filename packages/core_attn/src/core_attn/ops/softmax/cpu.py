@@ -54,6 +54,9 @@ def why_not(request: Request) -> str | None:
         return "in bfloat16 it needs a CPU with the instructions AVX512_BF16"
     if request.dtype is torch.bfloat16 and not torch.backends.mkldnn.enabled:
         return "in bfloat16 it needs oneDNN, which is turned off (torch.backends.mkldnn.enabled)"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if request.dtype is torch.bfloat16 and not any(name in limit for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX")):
+        return f"in bfloat16 it needs instructions that ONEDNN_MAX_CPU_ISA={limit} keeps oneDNN from using"
     return unavailable()
 
 
@@ -62,8 +65,14 @@ def pass_over(request: Request) -> str | None:
         return "its kernel has not been compiled on this machine yet; naming it once does that, in a few seconds"
     if request.compiling:
         return "a compiled or exported graph would need the kernel wherever it runs"
-    if request.query[2] < 32:
-        return "it works on tiles of 64 queries, which so few leave almost empty"
+    batch, heads, queries, _ = request.query
+    read = request.key[2]
+    if request.window is not None and None not in request.window:
+        read = min(read, sum(side or 0 for side in request.window) + 1)
+    if queries < 128:
+        return "it works on tiles of queries, which so few leave almost empty"
+    if batch * heads * queries * read < 2**18:
+        return "so small a call is over before it has rearranged queries, keys and values"
     return None
 
 
@@ -117,15 +126,19 @@ def build() -> Path:
         BackendError: it cannot be compiled or loaded here, and why.
     """
     library = _library()
+    _kernel(library)
+    return library
+
+
+@functools.cache
+def _kernel(library: Path) -> ctypes.CDLL:
     reason = unavailable()
     if reason is None and not library.is_file():
         reason = _compile(library)
-    if reason is None:
-        loaded = _load(library)
-        reason = loaded if isinstance(loaded, str) else None
-    if reason is not None:
-        raise BackendError(f"the CPU kernel of softmax_attention cannot be built here: {reason}")
-    return library
+    loaded = _load(library) if reason is None else reason
+    if isinstance(loaded, str):
+        raise BackendError(f"the CPU kernel of softmax_attention cannot be built here: {loaded}")
+    return loaded
 
 
 def _torch() -> Path:
@@ -221,8 +234,7 @@ def _call(
     right: int | None,
     scale: float,
 ) -> None:
-    library = _load(build())
-    assert not isinstance(library, str), library
+    kernel = _kernel(_library())
     call = _Call()
     for name, x in tensors.items():
         setattr(call, name, _Tensor4(x.data_ptr(), *x.stride()[:3]))
@@ -234,7 +246,7 @@ def _call(
     call.left = whole if left is None else min(left, whole)
     call.right = whole if right is None else min(right, whole)
     call.scale, call.bfloat16 = scale, q.dtype is torch.bfloat16
-    error = getattr(library, function)(ctypes.byref(call))
+    error = getattr(kernel, function)(ctypes.byref(call))
     if error is not None:
         raise RuntimeError(f"the CPU kernel of softmax_attention failed: {error.decode()}")
 
