@@ -207,6 +207,15 @@ def test_complex_vectors_that_do_not_adapt_are_rotary() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # 1e-9 under the square root of each magnitude
 
 
+def test_complex_vectors_keep_their_angles_far_from_the_start() -> None:
+    """The scores depend on distances only, in float32 too: a token at 100,000 sees what one at 0 sees."""
+    torch.manual_seed(0)
+    mixer = ComplexVectorAttention(16, heads=2)
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    near, far = (mixer.turned(q, at, mixer.phase) @ mixer.turned(k, at).mT for at in (0, 100_000))
+    torch.testing.assert_close(far, near, rtol=0, atol=2e-5)
+
+
 def test_complex_vectors_of_nothing_have_gradients() -> None:
     mixer = ComplexVectorAttention(8, heads=2)
     for value in (0.0, 1e-30):

@@ -7,6 +7,7 @@ Shapes: B batch, L queries, M keys, C channels, H heads, D = C / H.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -96,9 +97,13 @@ class ComplexVectorAttention(CachingMixer):
         self.phase = nn.Parameter(torch.zeros(heads, pairs))  # b
         nn.init.normal_(self.delta, std=pairs**-0.5)
 
-    def rates(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """g, (D/2,): how far a pair turns from one position to the next."""
-        return self.base ** (-torch.arange(0, self.head_dim, 2, dtype=dtype, device=device) / self.head_dim)
+    def places(self, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The angles g_j · position of `count` positions from `first` on, (count, D/2)."""
+        # In float64 as far as the device has it: far from the start float32 would lose the angle's last digits.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        rates = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=wide, device=device) / self.head_dim)
+        positions = torch.arange(first, first + count, dtype=wide, device=device)
+        return (positions[:, None] * rates).remainder(2 * math.pi).to(dtype)
 
     def turned(self, x: Tensor, first: int, phase: Tensor | None = None) -> Tensor:
         """Queries (with `phase`) or keys from position `first` on -> |x| cos and |x| sin of their whole angle."""
@@ -108,8 +113,7 @@ class ComplexVectorAttention(CachingMixer):
         # The angle of zero has no derivative; its magnitude makes it matter little.
         zero = squared < torch.finfo(wide.dtype).tiny
         angle = torch.atan2(imaginary.masked_fill(zero, 0.0), real.masked_fill(zero, 1.0))
-        position = torch.arange(first, first + x.shape[2], dtype=wide.dtype, device=x.device)
-        angle = angle * self.delta.to(wide.dtype)[:, None] + position[:, None] * self.rates(wide.dtype, x.device)
+        angle = angle * self.delta.to(wide.dtype)[:, None] + self.places(first, x.shape[2], wide.dtype, x.device)
         if phase is not None:
             angle = angle + phase.to(wide.dtype)[:, None]
         magnitude = (squared + _EPSILON).sqrt()

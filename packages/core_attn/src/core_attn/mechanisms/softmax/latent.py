@@ -239,15 +239,13 @@ class LatentAttention(TokenMixer):
         """`attend` on the latent vectors themselves, one key head for all, with W_UK and W_UV on the queries' side."""
         up_k, up_v = (p.weight.unflatten(0, (self.heads, -1)) for p in (self.k_proj, self.v_proj))  # (H, D, R)
         still, turning = q.split([self.head_dim, self.rope], dim=-1)
+        q = torch.cat([still @ up_k, turning], dim=-1)
+        single = q.shape[2] == 1
+        if single:
+            q = q.transpose(1, 2)  # the heads of one token all read the same keys: as if they were its neighbours
         # Values as wide as the keys are what every kernel takes; their last N channels are not used.
-        out = softmax_attention(
-            torch.cat([still @ up_k, turning], dim=-1),
-            compressed,
-            compressed,
-            causal=True,
-            scale=self.scale,
-            backend=self.backend,
-        )
+        out = softmax_attention(q, compressed, compressed, causal=not single, scale=self.scale, backend=self.backend)
+        out = out.transpose(1, 2) if single else out
         return out[..., : self.latent] @ up_v.mT
 
     def sizes(
