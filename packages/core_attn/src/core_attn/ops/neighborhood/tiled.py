@@ -98,9 +98,8 @@ def _tile(options: tuple[tuple[int, int, int, int, bool], ...], channels: int) -
         count = math.prod(-(-max(-(-n // d), 1) // t) for t, (n, _, d, _, _) in zip(tile, options))
         halo = math.prod(of[t] for t, of in zip(tile, halos))
         # In units of one copied number: a score costs a few operations and its share of two matrix products, which
-        # work in blocks of rows and columns; a halo is copied, and a tile costs a call.
-        rows, columns = max(16, 8 * math.ceil(math.prod(tile) / 8)), 16 * math.ceil(halo / 16)
-        return count * (columns * rows * (0.6 + 0.011 * channels) + 0.55 * halo * channels + 30)
+        # do not get cheaper below some rows; a halo is copied, and a tile costs a call.
+        return count * halo * (max(math.prod(tile), 16) * (0.6 + 0.011 * channels) + 0.55 * channels) + 30 * count
 
     return min(itertools.product(*candidates), key=cost)
 
