@@ -17,6 +17,7 @@ FILES = sorted(Path(__file__).parent.glob("values_*.py"))
 pytest.importorskip("triton")
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_values_in_the_interpreter(file: Path) -> None:
     done = subprocess.run(

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
-from core_attn.ops.softmax import blocked, cpu, flash, flex, reference, sdpa
+from core_attn.ops.softmax import blocked, cpu, flash, flex, reference, sdpa, triton
 
 OPERATOR = Operator(
     "softmax_attention",
     [
         Backend("flash_attn", flash.run, flash.why_not, flash.pass_over),
+        Backend("triton", triton.run, triton.why_not, triton.pass_over),
         Backend("cpu", cpu.run, cpu.why_not, cpu.pass_over),
         Backend("sdpa", sdpa.run, pass_over=sdpa.pass_over),
         Backend("torch", blocked.run),
@@ -56,8 +57,8 @@ def softmax_attention(
             (left, right) reads that many keys on each side besides itself, None = all. Padding counts as positions.
         scale: factor of the scores; 1/√D by default.
         dropout: probability in [0, 1) with which each weight is dropped, the others growing by 1 / (1 - dropout).
-        backend: "auto", "flash_attn", "cpu" (C++, compiled by the first call that names it), "sdpa", "torch" (blocked,
-            memory linear in L and M), "flex" or "reference".
+        backend: "auto", "flash_attn", "triton", "cpu" (C++, compiled by the first call that names it), "sdpa", "torch"
+            (blocked, memory linear in L and M), "flex" or "reference".
 
     Returns:
         (B, H, L, Dv), dtype of q (under autocast, of autocast).

@@ -1,0 +1,62 @@
+"""The kernels of exact attention compile for the cards, within their shared memory, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from core_attn.kernels import DTYPES
+from core_attn.ops.softmax import triton
+from core_attn.testing.kernels import compile_kernel, launches
+
+KERNELS = {"softmax_forward", "softmax_backward_queries", "softmax_backward_keys"}
+# Bytes of registers a thread spills into local memory, where a kernel still runs well. Full float32 products of wide
+# heads take far more; they are there to be exact.
+STACK = {torch.float16: 500, torch.bfloat16: 500, torch.float32: 3000}
+
+
+# float16 differs from bfloat16 in no size, and packed sequences in none from others: once each is enough. Float32 has
+# the same block sizes on every card.
+EVERY = ("plain64", "window128", "bias256")
+EXAMPLES = {
+    (torch.float16, 80): ("packed80",),
+    (torch.float16, 90): ("packed80",),
+    (torch.bfloat16, 80): EVERY,
+    (torch.bfloat16, 90): EVERY,
+    (torch.float32, 80): EVERY,
+    (torch.float32, 90): ("window128",),
+}
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_compiles(dtype: torch.dtype, capability: int) -> None:
+    met = set()
+    for name, launch in launches(triton, dtype, capability):
+        if not name.startswith(EXAMPLES[dtype, capability]):
+            continue
+        compiled = compile_kernel(launch, capability)
+        assert compiled.stack is None or compiled.stack <= STACK[dtype], (name, compiled)
+        met.add(launch.function.__name__)
+    assert met == KERNELS
+
+
+def test_small_cards_have_their_own_block_sizes() -> None:
+    """Of the widest heads, which take most; 8.6 and 8.9 have 101,376 bytes."""
+    widest = [launch for name, launch in launches(triton, torch.bfloat16, 89) if name.startswith("bias256")]
+    assert {launch.function.__name__ for launch in widest} == KERNELS
+    for launch in widest:
+        compile_kernel(launch, 89)
+
+
+def test_too_much_shared_memory_is_refused() -> None:
+    """The compiler itself does not mind."""
+    _, launch = next(iter(launches(triton, torch.float32, 80)))
+    large = type(launch.config)({"BLOCK_M": 128, "BLOCK_N": 128}, warps=8, stages=4)
+    wide = {"D": 256, "DV": 256, "BLOCK_D": 256, "BLOCK_DV": 256}
+    greedy = type(launch)(launch.function, launch.arguments, {**launch.constants, **large.blocks, **wide}, large)
+    with pytest.raises(AssertionError, match=r"bytes of shared memory, a card of capability 8\.0 has 166912"):
+        compile_kernel(greedy, 80)
