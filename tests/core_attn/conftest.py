@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,15 @@ from torch import Tensor
 
 from core_attn.contract import Growth, MechanismInfo, Pattern
 from core_attn.mechanisms.heads import MultiHeadMixer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What "auto" takes on the CPU depends on whether the CPU kernel was ever built here; in the tests it was not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
 
 FACTS: dict[str, Any] = {
     "name": "toy",

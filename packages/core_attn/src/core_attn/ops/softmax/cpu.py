@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from core_attn.dispatch import BackendError, Request
 
@@ -202,6 +202,7 @@ def _load(library: Path) -> ctypes.CDLL | str:
             function.argtypes = [ctypes.POINTER(_Call)]
     except (OSError, AttributeError) as error:
         return f"its compiled kernel cannot be loaded ({error}); delete {library} to have it compiled anew"
+    _count_operations()
     return found
 
 
@@ -347,13 +348,11 @@ def _pairs(queries: int, keys: int, left: int | None, right: int | None) -> int:
     )
 
 
-@register_flop_formula(torch.ops.core_attn.softmax_cpu)  # type: ignore[untyped-decorator]
 def _flops(q: Any, k: Any, v: Any, keep: Any, left: int | None, right: int | None, *rest: Any, **named: Any) -> int:
     """Multiplications and additions of its matmuls; arguments are shapes."""
     return int(2 * q[0] * q[1] * _pairs(q[2], k[2], left, right) * (q[3] + v[3]))
 
 
-@register_flop_formula(torch.ops.core_attn.softmax_cpu_backward)  # type: ignore[untyped-decorator]
 def _backward_flops(
     dout: Any,
     out: Any,
@@ -368,6 +367,15 @@ def _backward_flops(
     **named: Any,
 ) -> int:
     return int(2 * q[0] * q[1] * _pairs(q[2], k[2], left, right) * (3 * q[3] + 2 * v[3]))
+
+
+def _count_operations() -> None:
+    """Make torch's FlopCounterMode, where it is made after this, count what the kernel does."""
+    flop_counter = importlib.import_module("torch.utils.flop_counter")  # costs time: only where the kernel is
+    for operator, formula in (("softmax_cpu", _flops), ("softmax_cpu_backward", _backward_flops)):
+        packet = getattr(torch.ops.core_attn, operator)
+        if packet not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(packet)(formula)
 
 
 def run(
