@@ -12,6 +12,8 @@ _PUBLIC = {
     "auto_correlation": "core_attn.ops.autocorrelation",
     "block_sparse_attention": "core_attn.ops.block_sparse",
     "clipped_softmax_attention": "core_attn.ops.clipped",
+    "delta_rule": "core_attn.ops.delta",
+    "delta_rule_step": "core_attn.ops.delta",
     "flow_attention": "core_attn.ops.flow",
     "gather_attention": "core_attn.ops.gather",
     "landmark_attention": "core_attn.ops.landmark",
