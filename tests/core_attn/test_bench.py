@@ -14,6 +14,8 @@ from core_attn.bench import suites
 from core_attn.dispatch import operator
 from core_attn.ops import softmax_attention
 
+# What its outputs look like is the operator's own affair.
+OWN_SHAPES = {"fft_conv"}
 SMALL = {"lengths": [96], "heads": 2, "head_dim": 8, "side": 9, "rounds": 1}
 
 
@@ -57,6 +59,71 @@ def test_what_is_compared_solves_the_same_problem(sizes, suite):
     assert compared >= {"exact": 4, "local": 4, "sparse": 2}[suite]
 
 
+def test_the_linear_family_is_measured_whole(sizes):
+    """Every function gives tokens for tokens, and its backward reaches all it was given, gates and weights included."""
+    operators, *modules = suites._linear(sizes)
+    assert {"gated_linear_attention, gates to -30", "flow_attention"} <= {e.name for e in operators.ours}
+    assert {e.name for case in modules for e in case.ours} == {*suites.LINEAR}
+    for case in (operators, *modules):
+        tensors = case.tensors()
+        reached = 0
+        for entry in [*case.ours, *case.others]:
+            try:
+                function = entry.make()
+            except suites.Missing:
+                continue
+            leaves = [t.requires_grad_() for t in (tensors if entry.tensors is None else entry.tensors())]
+            out = function(*leaves)
+            assert out.shape == tensors[0].shape or entry.name in OWN_SHAPES
+            weights = [*function.parameters()] if isinstance(function, torch.nn.Module) else []
+            assert bool(weights) == case.name.startswith("modules")
+            gradients = torch.autograd.grad(out.square().sum(), [*leaves, *weights], allow_unused=True)
+            assert all(g is not None for g in gradients[: len(leaves)]), entry.name
+            assert not weights or any(g is not None and g.any() for g in gradients[len(leaves) :]), entry.name
+            reached += 1
+        assert reached
+
+
+def test_growth():
+    """The slope between neighbouring lengths of a series; rows of one name stand together, shortest first."""
+
+    def row(case, ours, train):
+        times = {"forward_ms": 1.0, "peak_mb": 1.0, "other_forward_ms": 1.0, "other_peak_mb": 1.0}
+        return suites.SuiteRow(
+            case=case,
+            ours=ours,
+            other="SDPA",
+            train_ms=train,
+            other_train_ms=train**2,
+            forward_times=1.0,
+            train_times=train,
+            **times,
+        )
+
+    def case(length, series="s"):
+        return suites.Case(f"{series}{length}", list, [], [], series, length)
+
+    found = suites._in_series(
+        [(case(n), row(f"s{n}", name, float(n**power))) for n in (2, 4, 16) for name, power in (("a", 1), ("b", 3))]
+        + [(case(0, ""), row("alone", "a", 5.0)), (case(0, ""), row("other", "a", 5.0))]
+    )
+    assert [(r.ours, r.case) for r in found] == [
+        *[(name, f"s{n}") for name in "ab" for n in (2, 4, 16)],
+        ("a", "alone"),
+        ("a", "other"),
+    ]
+    growths = [(r.growth, r.other_growth) for r in found]
+    assert all(math.isnan(x) for i in (0, 3, 6, 7) for x in growths[i])
+    assert [growths[i] for i in (1, 2, 4, 5)] == [pytest.approx(g) for g in [(1, 2), (1, 2), (3, 6), (3, 6)]]
+    rows = suites.SuiteRows("linear", tuple(found), (), {"rounds": 1}, suites._machine("cpu"))
+    head, _, first, second, *_ = bench.suite_table(rows).splitlines()
+    assert head.endswith("growth with L  its")
+    assert first.split()[-2:] == ["-", "-"]
+    assert second.split()[-2:] == ["1.00", "2.00"]
+    without = suites.SuiteRows("sparse", tuple(found[-2:]), (), {"rounds": 1}, suites._machine("cpu"))
+    assert "growth" not in bench.suite_table(without)
+
+
 def test_masks():
     band = suites._band(50, 8)
     assert band.sum() == sum(min(i + 1, 8) for i in range(50))
@@ -71,7 +138,7 @@ def test_masks():
     assert dense[:64, :64].all()
 
 
-@pytest.mark.parametrize("suite", ["exact", "local", "sparse"])
+@pytest.mark.parametrize("suite", ["exact", "local", "sparse", "linear"])
 def test_suite(suite):
     """Every row is whole; its ratios are of its own times; whatever is missing is told in a sentence."""
     flex = operator("softmax_attention")
@@ -154,6 +221,13 @@ def test_command(capsys, tmp_path):
     text = (tmp_path / "new" / "sparse.md").read_text()
     assert text.startswith("# Sparse attention beside its alternatives\n")
     assert text.count("\n| blocks of 64, 10% of them, L 64") == 1
+    arguments = ["linear", "--lengths", "16,32", "--heads", "2", "--head-dim", "8", "--rounds", "1"]
+    assert cli.main(["bench", *arguments, "--save", str(tmp_path / "new")]) == 0
+    saved = json.loads((tmp_path / "new" / "linear.json").read_text())
+    flow = [row for row in saved["rows"] if row["ours"] == "flow"]
+    assert [row["growth"] is None for row in flow] == [True, False]
+    assert saved["settings"]["heads"] == 2
+    assert "| growth with L | its |" in (tmp_path / "new" / "linear.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +251,10 @@ def test_mistakes(capsys, arguments, said):
 
 def test_the_mask_of_a_module_case_is_its_own():
     """The alternative of a mechanism with a forward of its own is softmax attention with the mask."""
-    module = suites._masked_module(lambda: suites._band(12, None), 16, 2, torch.float32)
+    mask = suites._band(12, None)
+    module = suites._softmax_module(
+        lambda: suites._masked(lambda: mask), lambda: suites._built("softmax", 16, 2, torch.float32)
+    )
     x = torch.randn(1, 12, 16)
     with torch.no_grad():
         q, k, v = (module.split_heads(p(x)) for p in (module.q_proj, module.k_proj, module.v_proj))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from core_attn.contract import MechanismInfo
 
 PATTERNS = ("noncausal_self", "causal_self", "noncausal_cross", "causal_cross")
-SUITES = ("exact", "local", "sparse")
+SUITES = ("exact", "local", "sparse", "linear")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,11 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         help="registered names (default: all), or suites: exact (backends of softmax attention beside SDPA), local "
         "(windows and neighbourhoods beside masked SDPA, local-attention, natten), sparse (block-sparse and selected "
-        "keys beside masked SDPA); suites run on the CPU in one thread",
+        "keys beside masked SDPA), linear (the linear and recurrent family beside SDPA); suites run on the CPU in one "
+        "thread",
     )
     p.add_argument("--lengths", type=_lengths, help="separated by commas (default: 256,1024,4096, or the suite's own)")
     p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--heads", type=int, default=8)
+    p.add_argument("--heads", type=int, help="default: 8, in the suite linear 4")
     p.add_argument("--head-dim", type=int, help="channels of a head (default: 32, in suites 64)")
     p.add_argument("--dtype", help="default: float32; the suite exact measures bfloat16 too")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -300,7 +301,7 @@ def _bench(args: argparse.Namespace) -> int:
         args.name,
         lengths=args.lengths or (256, 1024, 4096),
         batch=args.batch,
-        heads=args.heads,
+        heads=8 if args.heads is None else args.heads,
         head_dim=args.head_dim or 32,
         dtype=args.dtype or "float32",
         device=args.device,

@@ -1,4 +1,4 @@
-"""Suites: exact, local and sparse attention beside what people use instead, on this machine's CPU.
+"""Suites: exact, local, sparse and linear attention beside what people use instead, on this machine's CPU.
 
 A suite is a list of cases; a case is one problem that several functions solve. They take turns, after one run of each
 to warm up, in one process and one thread, and the least CPU time of the process in all rounds counts: whatever else the
@@ -13,23 +13,44 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core_attn import api, ops, registry
 from core_attn.bench.mechanisms import _machine, write
 from core_attn.cli import SUITES, columns
+from core_attn.contract import Pattern
 from core_attn.dispatch import Request, operator
 from core_attn.mechanisms.heads import MultiHeadMixer
 from core_attn.naming import unknown
 
 Function = Callable[..., Tensor]
+# The linear and recurrent family as mechanisms.
+LINEAR = (
+    "gla",
+    "vig",
+    "lightnet",
+    "lightning",
+    "transnormer_llm",
+    "retention",
+    "mamba2",
+    "delta_net",
+    "titans",
+    "hedgehog",
+    "nala",
+    "inline",
+    "transnormer",
+    "agent",
+    "hyena",
+    "rat",
+    "flow",
+)
 
 
 class Missing(Exception):
@@ -44,11 +65,13 @@ class Entry:
         name: what the table calls it.
         make: gives the function of the case's tensors; raises `Missing` where it cannot be had.
         trains: whether it has a backward.
+        tensors: makes the tensors that it takes, where they are not the case's: gates besides, or a convolution's.
     """
 
     name: str
     make: Callable[[], Function]
     trains: bool = True
+    tensors: Callable[[], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +82,16 @@ class Case:
         name: the problem in words, sizes included.
         tensors: makes the tensors that every function takes.
         ours, others: each of ours is compared with each of the others.
+        series: cases of one series are the same problem at growing lengths; none where it is empty.
+        length: tokens L, in a series.
     """
 
     name: str
     tensors: Callable[[], Sequence[Tensor]]
     ours: Sequence[Entry]
     others: Sequence[Entry]
+    series: str = ""
+    length: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +106,8 @@ class SuiteRow:
             inputs, as torch's allocator reports it.
         other_forward_ms, other_train_ms, other_peak_mb: the same of the alternative.
         forward_times, train_times: how many times as fast as the alternative ours is.
+        growth, other_growth: slope of log train_ms over log L since the next shorter length of the case's series; NaN
+            at the first, and where the case is in none.
     """
 
     case: str
@@ -92,6 +121,8 @@ class SuiteRow:
     other_peak_mb: float
     forward_times: float
     train_times: float
+    growth: float = math.nan
+    other_growth: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -118,7 +149,12 @@ class _Sizes:
     image_width: int = 32
     dtypes: Sequence[torch.dtype] = (torch.float32,)
     defaults: dict[str, Sequence[int]] = field(
-        default_factory=lambda: {"exact": (512, 2048, 4096), "local": (2048, 8192), "sparse": (8192,)}
+        default_factory=lambda: {
+            "exact": (512, 2048, 4096),
+            "local": (2048, 8192),
+            "sparse": (8192,),
+            "linear": (512, 1024, 2048, 4096, 8192),
+        }
     )
 
     def of(self, suite: str) -> Sequence[int]:
@@ -139,7 +175,7 @@ def measure_suite(
     *,
     lengths: Sequence[int] = (),
     batch: int = 1,
-    heads: int = 8,
+    heads: int | None = None,
     head_dim: int = 64,
     side: int = 56,
     dtype: torch.dtype | str | None = None,
@@ -149,9 +185,10 @@ def measure_suite(
     """Run a suite on the CPU in one thread.
 
     Args:
-        suite: "exact", "local" or "sparse".
-        lengths: of the sequences; by default 512, 2,048 and 4,096 (exact), 2,048 and 8,192 (local), 8,192 (sparse).
-        batch, heads, head_dim: B, H and D of the sequences.
+        suite: "exact", "local", "sparse" or "linear".
+        lengths: of the sequences; by default 512, 2,048 and 4,096 (exact), 2,048 and 8,192 (local), 8,192 (sparse),
+            512 to 8,192 by doubling (linear).
+        batch, heads, head_dim: B, H and D of the sequences; H is 8 by default, in "linear" 4.
         side: of the images in neighbourhood attention, which have 4 heads of 32.
         dtype: float32, and for "exact" bfloat16 as well, by default.
         rounds: timings of each; the least counts.
@@ -167,9 +204,11 @@ def measure_suite(
         raise ValueError(f"rounds and batch must be positive, got {rounds} and {batch}")
     both = (torch.float32, torch.bfloat16) if suite == "exact" else (torch.float32,)
     dtypes = both if dtype is None else (api.as_dtype(dtype),)
+    if heads is None:
+        heads = 4 if suite == "linear" else 8
     sizes = _Sizes(tuple(lengths), batch, heads, head_dim, side, dtypes=dtypes)
-    cases = list({"exact": _exact, "local": _local, "sparse": _sparse}[suite](sizes))
-    rows: list[SuiteRow] = []
+    cases = list({"exact": _exact, "local": _local, "sparse": _sparse, "linear": _linear}[suite](sizes))
+    rows: list[tuple[Case, SuiteRow]] = []
     notes: dict[str, None] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -178,7 +217,7 @@ def measure_suite(
         for case in cases:
             if progress is not None:
                 progress(case.name)
-            rows += _measured(case, rounds, notes)
+            rows += [(case, row) for row in _measured(case, rounds, notes)]
     finally:
         torch.set_num_threads(threads)
     settings = {
@@ -190,7 +229,7 @@ def measure_suite(
         "dtypes": [_short(d) for d in dtypes],
         "rounds": rounds,
     }
-    return SuiteRows(suite, tuple(rows), tuple(notes), settings, machine)
+    return SuiteRows(suite, tuple(_in_series(rows)), tuple(notes), settings, machine)
 
 
 # --- the cases ------------------------------------------------------------------------------------------------------
@@ -266,6 +305,80 @@ def _sparse(sizes: _Sizes, density: float = 0.1, block: int = 64) -> Iterator[Ca
                 yield _mechanism_case(name, sizes, length, dtype)
 
 
+def _linear(sizes: _Sizes) -> Iterator[Case]:
+    for dtype in sizes.dtypes:
+        for length in sorted(set(sizes.of("linear"))):
+            yield Case(
+                f"operators, causal, {sizes.sequence(length, dtype)}",
+                partial(sizes.tokens, length, dtype),
+                _linear_operators(sizes, length, dtype),
+                [Entry("SDPA", partial(_sdpa, True))],
+                f"operators, {_short(dtype)}",
+                length,
+            )
+            for causal in (True, False):
+                names = [name for name in LINEAR if _is_causal(name) is causal]
+                if names:
+                    yield _modules_case(names, causal, sizes, length, dtype)
+
+
+def _linear_operators(sizes: _Sizes, length: int, dtype: torch.dtype) -> list[Entry]:
+    """The operators of the family, with gates as mechanisms give them; where it matters, with the strongest too."""
+    tokens = partial(sizes.tokens, length, dtype)
+    gates = (sizes.batch, sizes.heads, length)
+
+    def gated(weakest: float, strongest: float) -> list[Tensor]:
+        return [*tokens(), _uniform((*gates, sizes.width), weakest, strongest)]
+
+    def scalar() -> list[Tensor]:
+        return [*tokens(), _uniform(gates, 0.0, -0.5)]
+
+    def delta() -> list[Tensor]:
+        q, k, v = tokens()
+        return [q, F.normalize(k.float(), dim=-1).to(dtype), v, _uniform(gates, 0.0, 1.0).to(dtype)]
+
+    slopes = -torch.exp2(-8.0 * torch.arange(1, sizes.heads + 1) / sizes.heads)
+    return [
+        Entry(
+            "gated_linear_attention",
+            partial(_with_gate, "gated_linear_attention", "log_gate"),
+            tensors=partial(gated, 0.0, -0.1),
+        ),
+        Entry(
+            "gated_linear_attention, gates to -30",
+            partial(_with_gate, "gated_linear_attention", "log_gate"),
+            tensors=partial(gated, 0.0, -30.0),
+        ),
+        Entry("scalar_decay_attention, fixed", partial(_operator, "scalar_decay_attention", log_decay=slopes)),
+        Entry(
+            "scalar_decay_attention, of the token",
+            partial(_with_gate, "scalar_decay_attention", "log_decay"),
+            tensors=scalar,
+        ),
+        Entry("delta_rule", partial(_with_gate, "delta_rule", "beta"), tensors=delta),
+        Entry("flow_attention", partial(_operator, "flow_attention", causal=True)),
+    ]
+
+
+def _modules_case(names: Sequence[str], causal: bool, sizes: _Sizes, length: int, dtype: torch.dtype) -> Case:
+    dim = sizes.heads * sizes.width
+    pattern = "causal" if causal else "all tokens"
+    build = partial(_built, dim=dim, heads=sizes.heads, dtype=dtype, causal=causal, weights=True)
+    return Case(
+        f"modules, {pattern}, projections included, {sizes.sequence(length, dtype)}",
+        partial(_random, (sizes.batch, length, dim), dtype, 1),
+        [Entry(name, partial(build, name)) for name in names],
+        [Entry("softmax by SDPA", partial(_softmax_module, partial(_sdpa, causal), partial(build, "softmax")))],
+        f"modules, {pattern}, {_short(dtype)}",
+        length,
+    )
+
+
+def _is_causal(name: str) -> bool:
+    """Whether the mechanism is measured causal; what is not there counts as causal and is told there."""
+    return name not in registry.names() or Pattern.CAUSAL_SELF in registry.get(name).info.patterns
+
+
 def _mechanism_case(name: str, sizes: _Sizes, length: int, dtype: torch.dtype) -> Case:
     """A causal mechanism with its default options beside SDPA with a mask; projections only where it owns them."""
     dim = sizes.heads * sizes.width
@@ -281,7 +394,14 @@ def _mechanism_case(name: str, sizes: _Sizes, length: int, dtype: torch.dtype) -
             f"{name}, causal{reads}, projections included, {sizes.sequence(length, dtype)}",
             partial(_random, (sizes.batch, length, dim), dtype, 1),
             [Entry(name, build)],
-            [Entry("softmax by SDPA, mask", partial(_masked_module, mask, dim, sizes.heads, dtype))],
+            [
+                Entry(
+                    "softmax by SDPA, mask",
+                    partial(
+                        _softmax_module, partial(_masked, mask), partial(_built, "softmax", dim, sizes.heads, dtype)
+                    ),
+                )
+            ],
         )
     return Case(
         f"{name}, causal{reads}, {sizes.sequence(length, dtype)}",
@@ -309,13 +429,22 @@ def _backend(name: str, asked: Request, causal: bool) -> Function:
     return partial(ops.softmax_attention, causal=causal, backend=name)
 
 
-def _built(name: str, dim: int, heads: int, dtype: torch.dtype) -> MultiHeadMixer:
+def _with_gate(name: str, gate: str) -> Function:
+    """An operator as a function of q, k, v and its gate, so that the gate has its gradient too."""
+    function = _operator(name)
+    return lambda q, k, v, g: function(q, k, v, **{gate: g})
+
+
+def _built(
+    name: str, dim: int, heads: int, dtype: torch.dtype, causal: bool = True, weights: bool = False
+) -> MultiHeadMixer:
+    """The module; `weights` says whether its weights have gradients, as in training."""
     if name not in registry.names():
         raise Missing(f"the mechanism {name} is not in this version of core_attn")
     torch.manual_seed(0)
-    mixer: Any = api.build(name, dim=dim, heads=heads, causal=True).to(dtype).eval()
-    for p in mixer.parameters():
-        p.requires_grad_(False)
+    mixer: Any = api.build(name, dim=dim, heads=heads, causal=causal).to(dtype).eval()
+    if not weights:
+        mixer.requires_grad_(False)
     return mixer
 
 
@@ -338,9 +467,10 @@ def _masked(mask: Callable[[], Tensor]) -> Function:
     return partial(F.scaled_dot_product_attention, attn_mask=mask())
 
 
-def _masked_module(mask: Callable[[], Tensor], dim: int, heads: int, dtype: torch.dtype) -> Function:
-    mixer = _built("softmax", dim, heads, dtype)
-    attend = _masked(mask)
+def _softmax_module(make: Callable[[], Function], build: Callable[[], MultiHeadMixer]) -> Function:
+    """Softmax attention as a module, computed by what `make` gives."""
+    mixer = build()
+    attend = make()
     object.__setattr__(mixer, "attend", lambda q, k, v, **_: attend(q, k, v))
     return mixer
 
@@ -378,6 +508,11 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, count: int = 3) -> list[
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
 
 
+def _uniform(shape: tuple[int, ...], first: float, last: float) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return first + (last - first) * torch.rand(shape, generator=generator)
+
+
 def _band(length: int, window: int | None) -> Tensor:
     band = torch.ones(length, length, dtype=torch.bool).tril_()
     return band if window is None else band.triu_(1 - window)
@@ -411,12 +546,13 @@ def _dense_blocks(length: int, block: int, density: float) -> Tensor:
 
 def _measured(case: Case, rounds: int, notes: dict[str, None]) -> Iterator[SuiteRow]:
     """Rows of a case; what could not run is told in `notes`, once each."""
-    tensors = case.tensors()
+    shared = case.tensors()
     jobs: dict[str, dict[str, Callable[[], Any]]] = {}
     peaks: dict[str, float] = {}
     for entry in [*case.ours, *case.others]:
         try:
             function = entry.make()
+            tensors = shared if entry.tensors is None else entry.tensors()
             runs: dict[str, Callable[[], Any]] = {"forward": partial(_forward, function, tensors)}
             if entry.trains:
                 runs["train"] = partial(_train, function, tensors)
@@ -470,7 +606,27 @@ def _forward(function: Function, tensors: Sequence[Tensor]) -> None:
 def _train(function: Function, tensors: Sequence[Tensor]) -> None:
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
+    weights = function.parameters() if isinstance(function, nn.Module) else ()
+    leaves += [p for p in weights if p.requires_grad]
     torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+
+def _in_series(rows: Sequence[tuple[Case, SuiteRow]]) -> list[SuiteRow]:
+    """The rows with how they grow; those of a series stand together, each of ours at its lengths one below another."""
+    order: dict[tuple[str, str, str], list[SuiteRow]] = {}
+    lengths: dict[tuple[str, str, str], int] = {}
+    for case, row in rows:
+        key = (case.series or case.name, row.ours, row.other)
+        before = order.setdefault(key, [])
+        if case.series and before:
+            doublings = math.log(case.length / lengths[key])
+            growth = math.log(row.train_ms / before[-1].train_ms) / doublings
+            other = math.log(row.other_train_ms / before[-1].other_train_ms) / doublings
+            row = replace(row, growth=growth, other_growth=other)
+        before.append(row)
+        lengths[key] = case.length
+    series = list(dict.fromkeys(key[0] for key in order))
+    return [row for name in series for key, found in order.items() if key[0] == name for row in found]
 
 
 def _cpu_seconds(run: Callable[[], Any]) -> float:
@@ -522,6 +678,19 @@ HEAD = [
     "peak MB",
     "its",
 ]
+GROWTH_HEAD = ["growth with L", "its"]
+
+ABOUT = {
+    "linear": "Operators are on heads; modules have their projections, and gradients of their weights. Beside each "
+    "stands exact softmax attention over as many tokens, causal where the mechanism can be. Peak is the most memory "
+    "held at once beside the inputs in forward + backward. Growth is the slope of the logarithm of the time of "
+    "forward + backward over that of L since the length above: 1 for time linear in L, 2 for quadratic.",
+}
+ABOUT_OTHERS = (
+    "Times are of the function on heads, without projections where a case does not name them. Peak is the most "
+    "memory held at once beside the inputs in forward + backward. A mechanism stands beside SDPA with one boolean "
+    "mask of L x L for all heads: what SDPA takes does not depend on which pairs the mask allows."
+)
 
 
 def suite_heading(rows: SuiteRows) -> str:
@@ -535,21 +704,21 @@ def suite_heading(rows: SuiteRows) -> str:
 
 def suite_table(rows: SuiteRows) -> str:
     """Plain text, and below it a sentence on everything that could not be measured."""
-    return "\n".join([columns(HEAD, [_cells(row) for row in rows.rows]), *rows.notes])
+    head, *lines = _lines(rows)
+    return "\n".join([columns(head, lines), *rows.notes])
 
 
 def save_suite(rows: SuiteRows, folder: Path) -> list[Path]:
     """Write <suite>.md and <suite>.json under `folder`; each appears whole or not at all."""
+    head, *body = _lines(rows)
     lines = [
         f"# {rows.suite.capitalize()} attention beside its alternatives",
         "",
         f"`core-attn bench {rows.suite}`; {suite_heading(rows)}.",
         "",
-        "Times are of the function on heads, without projections where a case does not name them. Peak is the most "
-        "memory held at once beside the inputs in forward + backward. A mechanism stands beside SDPA with one boolean "
-        "mask of L x L for all heads: what SDPA takes does not depend on which pairs the mask allows.",
+        ABOUT.get(rows.suite, ABOUT_OTHERS),
         "",
-        *["| " + " | ".join(line) + " |" for line in [HEAD, ["---"] * len(HEAD), *map(_cells, rows.rows)]],
+        *["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]],
     ]
     if rows.notes:
         lines += ["", *[f"- {note}" for note in rows.notes]]
@@ -561,6 +730,12 @@ def save_suite(rows: SuiteRows, folder: Path) -> list[Path]:
         "notes": [*rows.notes],
     }
     return write(folder, rows.suite, lines, facts)
+
+
+def _lines(rows: SuiteRows) -> list[list[str]]:
+    """The head and the rows; with growth where any row has it."""
+    grows = any(not math.isnan(row.growth) for row in rows.rows)
+    return [HEAD + GROWTH_HEAD if grows else HEAD, *(_cells(row)[: None if grows else len(HEAD)] for row in rows.rows)]
 
 
 def _cells(row: SuiteRow) -> list[str]:
@@ -579,6 +754,8 @@ def _cells(row: SuiteRow) -> list[str]:
         shown(row.train_times, ".2f"),
         shown(row.peak_mb, ".0f"),
         shown(row.other_peak_mb, ".0f"),
+        shown(row.growth, ".2f"),
+        shown(row.other_growth, ".2f"),
     ]
 
 
