@@ -2,9 +2,9 @@
 
 The grid is cut into tiles of queries. All queries of a tile together read one box of keys, its halo, and two small
 matrix products a tile take the place of gathering k keys a query ("Faster Neighborhood Attention", S165, section 3).
-Halos start a tile's width apart, so that all of them are one strided view of the padded keys; where a border moves a
-window inwards, the mask of the border's tiles says so. Tokens of one residue modulo the dilation are tiled as a grid
-of their own.
+A halo begins at the first key that its tile reads, or so far before it that it ends with the line. Away from the
+borders halos lie a tile's width apart, and a run of them is one strided view of the keys. Tokens of one residue modulo
+the dilation are tiled as a grid of their own.
 
 The backward computes the weights again. Statistics and accumulators are float32, or float64 for float64.
 
@@ -42,29 +42,40 @@ class Axis:
         dilation: number of residues, each a line of its own.
         tile: t, queries of a tile.
         tiles: tiles of a line.
-        step: keys from the start of a halo to that of the next.
-        lead: keys of the first halo before the first query.
+        side: keys of the longest line.
         halo: w, keys of a halo.
+        starts: where in a line each tile's halo begins.
         kinds: for each residue and tile, which of `ranges` is its own.
         ranges: the kinds of tiles: first and last key, counted in the halo, that each query reads.
-        shifts: of each kind, how much further than the first tile's its halo lies to it.
+        shifts: of each kind, from the tile's first query to its halo's first key.
     """
 
     length: int
     dilation: int
     tile: int
     tiles: int
-    step: int
-    lead: int
+    side: int
     halo: int
+    starts: tuple[int, ...]
     kinds: tuple[tuple[int, ...], ...]
     ranges: tuple[tuple[tuple[int, int], ...], ...]
     shifts: tuple[int, ...]
 
-    @property
-    def padded(self) -> int:
-        """Keys of a line with the zeros around it that halos reach into."""
-        return (self.tiles - 1) * self.step + self.halo if self.tiles else 0
+    def runs(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(first, last + 1, step) of the tiles start … stop - 1 in runs whose halos lie `step` keys apart.
+
+        A step below the tile's width would let halos share more than pieces of a tile, so those stand alone.
+        """
+        found: list[tuple[int, int, int]] = []
+        for a in range(start, stop):
+            if found:
+                first, end, step = found[-1]
+                apart = self.starts[a] - self.starts[a - 1]
+                if apart >= self.tile and (end - first == 1 or apart == step):
+                    found[-1] = (first, a + 1, apart)
+                    continue
+            found.append((a, a + 1, self.tile))
+        return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,28 +117,26 @@ def _tile(options: tuple[tuple[int, int, int, int, bool], ...], channels: int) -
 
 def _axis(length: int, kernel_size: int, dilation: int, stride: int, causal: bool, tile: int) -> Axis:
     lines = [reads(len(range(r, length, dilation)), kernel_size, stride, causal) for r in range(min(dilation, length))]
-    tiles = -(-len(lines[0]) // tile) if lines else 0
+    side = len(lines[0]) if lines else 0
+    tiles = -(-side // tile) if lines else 0
     cut = [[line[a * tile : (a + 1) * tile] for a in range(tiles)] for line in lines]
-    firsts = [min((line[a][0][0] for line in cut if line[a]), default=0) for a in range(tiles)]
-    # Two halos are a strided view wherever they start: then each holds just what its tile reads.
-    step = firsts[1] - firsts[0] if tiles == 2 else tile
-    lead = max((a * step - first for a, first in enumerate(firsts)), default=0)
-    halo = (
-        max((last - a * step for line in cut for a, part in enumerate(line) for _, last in part), default=0) + lead + 1
-    )
+    spans = [[span for line in cut for span in line[a]] for a in range(tiles)]
+    firsts = [min(first for first, _ in spans[a]) for a in range(tiles)]
+    halo = max((max(last for _, last in spans[a]) - firsts[a] + 1 for a in range(tiles)), default=1)
+    starts = [min(first, side - halo) for first in firsts]
     kinds: dict[tuple[tuple[tuple[int, int], ...], int], int] = {}
     of = []
     for line in cut:
         row = []
         for a, part in enumerate(line):
-            ranges = [(first - a * step + lead, last - a * step + lead) for first, last in part]
+            ranges = [(first - starts[a], last - starts[a]) for first, last in part]
             # Queries past the end of a line are no queries: they may read anything, and nothing asks what.
             ranges += [(0, halo - 1)] * (tile - len(part))
-            row.append(kinds.setdefault((tuple(ranges), a * (step - tile)), len(kinds)))
+            row.append(kinds.setdefault((tuple(ranges), starts[a] - a * tile), len(kinds)))
         of.append(tuple(row))
     of += [()] * (dilation - len(of))
     every, shifts = zip(*kinds) if kinds else ((), ())
-    return Axis(length, dilation, tile, tiles, step, lead, halo, tuple(of), every, shifts)
+    return Axis(length, dilation, tile, tiles, side, halo, tuple(starts), tuple(of), every, shifts)
 
 
 @functools.lru_cache(maxsize=256)
@@ -140,6 +149,94 @@ def _ceilings(axes: tuple[Axis, ...], dtype: torch.dtype, device: torch.device) 
         keep = (at >= ranges[:, :, 0]) & (at <= ranges[:, :, 1])
         result.append(torch.where(keep, 0.0, -_INF).to(device, dtype))
     return result
+
+
+_Numbers = tuple[int, ...]
+
+
+def _band(
+    axes: tuple[Axis, ...], kinds: tuple[_Numbers, ...], counts: _Numbers, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What windows add to the scores of a box, 0 or -inf: (P or 1, 1, 1, 1, t, w), from its tiles' kinds on each axis."""
+    rank = len(axes)
+    band = torch.zeros((), dtype=dtype, device=device)
+    for i, (axis, row, ceiling) in enumerate(zip(axes, kinds, _ceilings(axes, dtype, device))):
+        shape = [1] * (4 * rank)
+        shape[2 * rank + i], shape[3 * rank + i] = axis.tile, axis.halo
+        if len(set(row)) > 1:
+            shape[i], shape[rank + i] = counts[i], counts[rank + i]
+            band = band + ceiling[list(row)].view(shape)
+        else:
+            band = band + ceiling[row[0]].view(shape)
+    if band.shape[: 2 * rank].numel() > 1:
+        band = band.expand(*counts, *band.shape[2 * rank :])
+    return band.reshape(-1, 1, 1, 1, math.prod(a.tile for a in axes), math.prod(a.halo for a in axes))
+
+
+_band_of = functools.lru_cache(maxsize=16)(_band)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pieces(
+    axes: tuple[Axis, ...],
+    box: tuple[tuple[int, int], ...],
+    shape: _Numbers,
+    strides: _Numbers,
+    halo_strides: _Numbers,
+    apart: bool,
+) -> list[tuple[_Numbers, _Numbers, int, _Numbers, int]]:
+    """Shape, strides and offset in the halos, strides and offset in the lines, of every piece of a box's halos.
+
+    A piece is a run of tiles on every axis, all of each halo; with `apart`, parts of halos that do not overlap within
+    the run. One `as_strided` a piece, from numbers made once: there are many small pieces, and calls cost.
+    """
+    rank = len(axes)
+    residues = strides[2 : 2 + rank]
+    lines = [axis.dilation * stride for axis, stride in zip(axes, residues)]
+    counts = [stop - start for start, stop in box]
+    outer, inner = [halo_strides[0]], [halo_strides[3]]
+    for n in reversed(counts[1:]):
+        outer.insert(0, outer[0] * n)
+    for axis in reversed(axes[1:]):
+        inner.insert(0, inner[0] * axis.halo)
+    found = []
+    along = [axis.runs(*tiles) for axis, tiles in zip(axes, box[rank:])]
+    if apart:
+        # Where a run has fewer tiles than its halos have parts, the tiles one by one are fewer pieces.
+        along = [
+            [
+                (a, b, step)
+                for first, stop, step in runs
+                for a, b in (
+                    [(first, stop)]
+                    if stop - first > -(-axis.halo // axis.tile)
+                    else itertools.pairwise(range(first, stop + 1))
+                )
+            ]
+            for axis, runs in zip(axes, along)
+        ]
+    for runs in itertools.product(*along):
+        cuts = []
+        for axis, (first, stop, _) in zip(axes, runs):
+            width = axis.tile if apart and stop - first > 1 else axis.halo
+            cuts.append([(at, min(width, axis.halo - at)) for at in range(0, axis.halo, width)])
+        for cut in itertools.product(*cuts):
+            inside = sum((run[0] - start) * n for run, (start, _), n in zip(runs, box[rank:], outer[rank:]))
+            inside += sum(at * stride for (at, _), stride in zip(cut, inner))
+            outside = sum(start * stride for (start, _), stride in zip(box, residues))
+            outside += sum((a.starts[run[0]] + at) * n for a, run, (at, _), n in zip(axes, runs, cut, lines))
+            steps = [step * line for (_, _, step), line in zip(runs, lines)]
+            some = [*counts[:rank], *(stop - first for first, stop, _ in runs), *shape[:2]]
+            found.append(
+                (
+                    (*some, *(size for _, size in cut), shape[-1]),
+                    (*outer, *halo_strides[1:3], *inner, 1),
+                    inside,
+                    (*residues, *steps, *strides[:2], *lines, strides[-1]),
+                    outside,
+                )
+            )
+    return found
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -177,11 +274,11 @@ class _Tiles:
         self.halo = math.prod(a.halo for a in self.axes)
         self.extra = 0 if extra_k is None else extra_k.shape[2]
         self.counts = (*(a.dilation for a in self.axes), *(a.tiles for a in self.axes))
-        self.q = self.tiled(q).mul_(scale)
-        # Keys and values go through the same copies, in one call where they have one shape.
-        self.sources = [self.padded(k, v)] if k.shape == v.shape else [self.padded(k), self.padded(v)]
+        self.sides = [a.dilation * a.tiles * a.tile for a in self.axes]
+        self.q = self.tiled(q)
+        self.scale = scale
+        self.sources = [self.padded(k), self.padded(v)]
         self.extras = [x for x in (extra_k, extra_v) if x is not None]
-        self.ceilings = _ceilings(self.axes, self.dtype, self.device)
         self.rpb = rpb
         self._scratch: dict[str, Tensor] = {}
         self._relative: dict[tuple[int, ...], Tensor] = {}
@@ -190,51 +287,73 @@ class _Tiles:
     # --- layout ---
 
     def tiled(self, x: Tensor) -> Tensor:
-        """(B, H, L, D) -> (P, B, N, G·t, D), new memory in the working dtype."""
-        rank, width = self.rank, x.shape[-1]
+        """(B, H, L, D) -> (residues…, tiles…, B, N, G, t…, D): a view where tiles divide the grid, else of a copy."""
+        rank = self.rank
         x = x.unflatten(2, [a.length for a in self.axes])
-        sides = [a.dilation * a.tiles * a.tile for a in self.axes]
-        if sides != list(x.shape[2:-1]):
-            whole = x.new_zeros(*x.shape[:2], *sides, width, dtype=self.dtype)
+        if self.sides != list(x.shape[2:-1]):
+            whole = x.new_zeros(*x.shape[:2], *self.sides, x.shape[-1])
             self.inside(whole, [0] * rank).copy_(x)
             x = whole
-        split = [n for a in self.axes for n in (a.tiles, a.tile, a.dilation)]
-        x = x.reshape(self.batch, self.groups, self.shared, *split, width)
+        return self.split(x)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, H, sides…, D) -> (residues…, tiles…, B, N, G, t…, D), a view."""
+        rank = self.rank
+        for i, a in reversed([*enumerate(self.axes)]):
+            x = x.unflatten(2 + i, (a.tiles, a.tile, a.dilation))
+        x = x.unflatten(1, (self.groups, self.shared))
         tiles, inside, residues = (range(3 + part, 3 + 3 * rank, 3) for part in range(3))
-        x = x.permute(*residues, *tiles, 0, 1, 2, *inside, 3 + 3 * rank)
-        out = torch.empty(x.shape, dtype=self.dtype, device=self.device).copy_(x)
-        return out.view(math.prod(self.counts), self.batch, self.groups, self.shared * self.tile, width)
+        return x.permute(*residues, *tiles, 0, 1, 2, *inside, 3 + 3 * rank)
 
-    def untiled(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(P, B, N, G·t, D) -> (B, H, L, D)."""
-        rank, width = self.rank, x.shape[-1]
-        x = x.view(*self.counts, self.batch, self.groups, self.shared, *(a.tile for a in self.axes), width)
-        order = [n for i in range(rank) for n in (rank + i, 2 * rank + 3 + i, i)]
-        x = x.permute(2 * rank, 2 * rank + 1, 2 * rank + 2, *order, 3 * rank + 3)
-        sides = [a.dilation * a.tiles * a.tile for a in self.axes]
-        x = x.to(dtype).reshape(self.batch, self.groups * self.shared, *sides, width)
-        x = self.inside(x, [0] * rank)
-        return x.reshape(*x.shape[:2], math.prod(a.length for a in self.axes), width)
+    def result(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """New memory (B, H, sides…, D), and its `split`."""
+        heads = self.groups * self.shared
+        whole = torch.empty(self.batch, heads, *self.sides, width, dtype=dtype, device=self.device)
+        return whole, self.split(whole)
 
-    def padded(self, *xs: Tensor) -> Tensor:
-        """S tensors (B, N, L, D) -> (S, B, N, padded sides…, D), in the working dtype."""
-        whole = self.zeros(len(xs), xs[0].shape[-1])
-        for part, x in zip(self.inner(whole), xs):
-            part.copy_(x.unflatten(2, [a.length for a in self.axes]))
-        return whole
+    def untiled(self, whole: Tensor) -> Tensor:
+        """(B, H, sides…, D) -> (B, H, L, D)."""
+        x = self.inside(whole, [0] * self.rank)
+        return x.reshape(*x.shape[:2], math.prod(a.length for a in self.axes), x.shape[-1])
 
-    def zeros(self, count: int, width: int) -> Tensor:
-        """(S, B, N, padded sides…, D) zeros, for keys and values or for their gradients."""
-        sides = [a.dilation * a.padded for a in self.axes]
-        return torch.zeros(count, self.batch, self.groups, *sides, width, dtype=self.dtype, device=self.device)
+    def box_of(self, split: Tensor, box: tuple[tuple[int, int], ...]) -> Tensor:
+        """The tiles of a box, a view."""
+        for i, (start, stop) in enumerate(box):
+            split = split.narrow(i, start, stop - start)
+        return split
 
-    def inner(self, whole: Tensor) -> Tensor:
-        """The part of `zeros` that holds the grid; a view."""
-        return self.inside(whole, [a.dilation * a.lead for a in self.axes])
+    def rows(self, split: Tensor, box: tuple[tuple[int, int], ...], name: str) -> Tensor:
+        """(P·B·N, G·t, D) of a box's tiles in the working dtype; `scratch`."""
+        part, room = self.box_of(split, box), self.room(split, box, name)
+        room.view(part.shape).copy_(part)
+        return room
 
-    def flat(self, inner: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, N, grid…, D) -> (B, N, L, D), new memory."""
-        return torch.empty(inner.shape, dtype=dtype, device=self.device).copy_(inner).flatten(2, -2)
+    def room(self, split: Tensor, box: tuple[tuple[int, int], ...], name: str) -> Tensor:
+        """The same, to be written to."""
+        count = math.prod(stop - start for start, stop in box) * self.batch * self.groups
+        return self.scratch(name, count, self.shared * self.tile, split.shape[-1])
+
+    def put(self, split: Tensor, box: tuple[tuple[int, int], ...], rows: Tensor) -> None:
+        part = self.box_of(split, box)
+        part.copy_(rows.view(part.shape))
+
+    def padded(self, x: Tensor) -> Tensor:
+        """(B, N, L, D) -> (B, N, sides…, D): lines of one length; a view where they have it."""
+        x = x.unflatten(2, [a.length for a in self.axes])
+        if any(a.length != a.dilation * a.side for a in self.axes):
+            whole = self.zeros(x.shape[-1], x.dtype)
+            self.inside(whole, [0] * self.rank).copy_(x)
+            return whole
+        return x
+
+    def zeros(self, width: int, dtype: torch.dtype) -> Tensor:
+        """(B, N, sides…, D) zeros."""
+        sides = [a.dilation * a.side for a in self.axes]
+        return torch.zeros(self.batch, self.groups, *sides, width, dtype=dtype, device=self.device)
+
+    def flat(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, N, sides…, D) -> (B, N, L, D)."""
+        return self.inside(whole, [0] * self.rank).flatten(2, -2).to(dtype)
 
     def inside(self, whole: Tensor, starts: Sequence[int]) -> Tensor:
         """(…, padded sides…, D) -> (…, grid…, D), a view that begins at `starts`."""
@@ -244,21 +363,17 @@ class _Tiles:
 
     # --- boxes of tiles ---
 
-    def boxes(self) -> Iterator[tuple[slice, tuple[tuple[int, int], ...]]]:
-        """Pieces of work: which of the P tiles, and their range of residues and of tiles on every axis."""
+    def boxes(self) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Pieces of work: ranges of residues and of tiles on every axis."""
         scores = self.batch * self.groups * self.shared * self.tile * (self.halo + self.extra)
         room = max(1, _SCORES.get(self.device.type, _SCORES_ELSEWHERE) // max(scores, 1))
         steps: list[int] = []
         for count in reversed(self.counts):
             steps.insert(0, max(1, min(room, count)))
-            # An outer range only grows where the inner ones are whole, so that a box is a run of the P tiles.
+            # An outer range only grows where the inner ones are whole: the first box is the largest.
             room = room // count if room >= count > 0 else 1
         ranges = [[(n, min(n + step, count)) for n in range(0, count, step)] for step, count in zip(steps, self.counts)]
-        start = 0
-        for box in itertools.product(*ranges):
-            stop = start + math.prod(last - first for first, last in box)
-            yield slice(start, stop), box
-            start = stop
+        yield from itertools.product(*ranges)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """Memory that every box writes to anew: it stays in the cache, and its pages are mapped once."""
@@ -268,67 +383,45 @@ class _Tiles:
         return held[: math.prod(shape)].view(shape)
 
     def halo_memory(self, name: str, box: tuple[tuple[int, int], ...]) -> list[Tensor]:
-        """For each source (S, P, B, N, w + E, D) of `scratch`."""
+        """For keys and for values (P, B, N, w + E, D) of `scratch`."""
         shape = (math.prod(stop - start for start, stop in box), self.batch, self.groups, self.halo + self.extra)
-        return [self.scratch(f"{name} {i}", x.shape[0], *shape, x.shape[-1]) for i, x in enumerate(self.sources)]
+        return [self.scratch(f"{name} {i}", *shape, x.shape[-1]) for i, x in enumerate(self.sources)]
 
     def halos(self, box: tuple[tuple[int, int], ...]) -> list[Tensor]:
         """The keys and the values (P·B·N, w + E, D) that the tiles of a box read, extra ones behind; `scratch`."""
         memory = self.halo_memory("halos", box)
         for source, out in zip(self.sources, memory):
-            view = self.part(source, box, [0] * self.rank, [a.halo for a in self.axes])
-            out[..., : self.halo, :].view(view.shape).copy_(view)
-        found = [x for out in memory for x in out]
-        for out, extra in zip(found, self.extras):
+            for inside, lines in self.pieces(out, source, box, apart=False):
+                inside.copy_(lines)
+        for out, extra in zip(memory, self.extras):
             out[..., self.halo :, :] = extra
-        return [x.flatten(0, 2) for x in found]
+        return [x.flatten(0, 2) for x in memory]
 
     def scatter(self, into: Tensor, halos: Tensor, box: tuple[tuple[int, int], ...]) -> None:
-        """Add gradients (S, P, B, N, w + E, D) of a box's halos to those of `padded`, the reverse of `halos`.
+        """Add gradients (P, B, N, w + E, D) of a box's halos to those of the keys, the reverse of `halos`."""
+        for inside, lines in self.pieces(halos, into, box, apart=True):
+            lines.add_(inside)
 
-        Halos overlap; pieces of halos that are no wider than a tile do not, so that each is one addition.
-        """
-        counts = (*(stop - start for start, stop in box), self.batch, self.groups)
-        inner, outer = [halos.shape[-1]], [halos.stride(3)]
-        for axis in reversed(self.axes[1:]):
-            inner.insert(0, inner[0] * axis.halo)
-        for n in reversed(counts):
-            outer.insert(0, outer[0] * n)
-        rank, choices = self.rank, []
-        for axis, tiles in zip(self.axes, box[rank:]):
-            if axis.step == axis.tile:
-                choices.append([(tiles, at, min(axis.tile, axis.halo - at)) for at in range(0, axis.halo, axis.tile)])
-            else:
-                choices.append([((a, a + 1), 0, axis.halo) for a in range(*tiles)])
-        for choice in itertools.product(*choices):
-            some = (*box[:rank], *(tiles for tiles, _, _ in choice))
-            target = self.part(into, some, [at for _, at, _ in choice], [size for _, _, size in choice])
-            offset = sum(at * stride for (_, at, _), stride in zip(choice, inner))
-            offset += sum((n - start) * stride for (n, _), (start, _), stride in zip(some, box, outer[1:]))
-            target += halos.as_strided(target.shape, (*outer, *inner, 1), offset)
-
-    def part(self, x: Tensor, box: tuple[tuple[int, int], ...], at: Sequence[int], size: Sequence[int]) -> Tensor:
-        """(S, residues…, tiles…, B, N, size…, D) of the `padded` x: the keys from `at` on of a box's halos; a view.
-
-        One `as_strided` for what would be four views an axis: there are many small pieces, and calls cost.
-        """
-        rank, strides = self.rank, x.stride()
-        residues = strides[3 : 3 + rank]
-        lines = [axis.dilation * stride for axis, stride in zip(self.axes, residues)]
-        steps = [*residues, *(axis.step * line for axis, line in zip(self.axes, lines))]
-        offset = sum(n * step for (n, _), step in zip(box, steps)) + sum(n * line for n, line in zip(at, lines))
-        shape = (x.shape[0], *(stop - start for start, stop in box), *x.shape[1:3], *size, x.shape[-1])
-        return x.as_strided(shape, (strides[0], *steps, *strides[1:3], *lines, 1), offset)
+    def pieces(
+        self, halos: Tensor, lines: Tensor, box: tuple[tuple[int, int], ...], *, apart: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same keys seen in a box's halos (P, B, N, w + E, D) and in the lines (B, N, sides…, D)."""
+        cut = _pieces(self.axes, box, tuple(lines.shape), lines.stride(), halos.stride(), apart)
+        for shape, inside, at_inside, outside, at_outside in cut:
+            yield (
+                halos.as_strided(shape, inside, at_inside + halos.storage_offset()),
+                lines.as_strided(shape, outside, at_outside + lines.storage_offset()),
+            )
 
     # --- biases ---
 
-    def weights(self, tiles: slice, box: tuple[tuple[int, int], ...], keys: Tensor) -> Tensor:
+    def weights(self, box: tuple[tuple[int, int], ...], rows: Tensor, keys: Tensor) -> Tensor:
         """(P·B·N, G·t, w + E) softmax of the masked scores, zeros in rows that may read nothing; `scratch`."""
-        rows = self.q[tiles].flatten(0, 2)
         s = torch.bmm(rows, keys.mT, out=self.scratch("weights", *rows.shape[:2], keys.shape[1]))
         bias, empty = self.bias(box)
-        count = tiles.stop - tiles.start
-        parts = s.view(count, self.batch, self.groups, self.shared, self.tile, self.halo + self.extra)
+        parts = s.view(
+            math.prod(n[1] - n[0] for n in box), self.batch, self.groups, self.shared, self.tile, self.halo + self.extra
+        )
         parts[..., : self.halo] += bias
         if empty is None or self.extra:
             return _softmax(s)
@@ -347,20 +440,10 @@ class _Tiles:
         found = self._biases.get(kinds)
         if found is not None:
             return found
-        counts = [last - first for first, last in box]
-        bias = self.ceilings[0]
-        for i, (axis, row) in enumerate(zip(self.axes, kinds)):
-            shape = [1] * (4 * rank)
-            shape[2 * rank + i], shape[3 * rank + i] = axis.tile, axis.halo
-            if len(set(row)) > 1:
-                shape[i], shape[rank + i] = counts[i], counts[rank + i]
-                ceiling = self.ceilings[i][list(row)].view(shape)
-            else:
-                ceiling = self.ceilings[i][row[0]].view(shape)
-            bias = bias + ceiling if i else ceiling
-        if bias.shape[: 2 * rank].numel() > 1:
-            bias = bias.expand(*counts, *bias.shape[2 * rank :])
-        bias, empty = bias.reshape(-1, 1, 1, 1, self.tile, self.halo), None
+        counts = tuple(last - first for first, last in box)
+        # On a CPU a box is small, and the calls of a model are alike: then this is made once for all of them.
+        make = _band_of if self.device.type == "cpu" else _band
+        bias, empty = make(self.axes, kinds, counts, self.dtype, self.device), None
         if self.rpb is not None:
             relative = [self.relative(shifts).unflatten(0, (self.groups, self.shared)) for shifts in self.shifts(box)]
             bias = bias + (relative[0] if len(relative) == 1 else torch.stack(relative).unsqueeze(1))
@@ -385,7 +468,7 @@ class _Tiles:
         """
         places = torch.zeros((), dtype=torch.int64)
         for i, (axis, size, shift) in enumerate(zip(self.axes, self.kernel_size, shifts)):
-            offset = torch.arange(axis.halo) - axis.lead + shift - torch.arange(axis.tile)[:, None]
+            offset = torch.arange(axis.halo) + shift - torch.arange(axis.tile)[:, None]
             shape = [1] * (2 * self.rank)
             shape[i], shape[self.rank + i] = axis.tile, axis.halo
             places = places * (2 * size - 1) + (offset + size - 1).clamp(0, 2 * size - 2).view(shape)
@@ -404,11 +487,13 @@ class _Tiles:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         tiles = _Tiles(q, k, v, *options)
-        out = tiles.q.new_empty(*tiles.q.shape[:-1], v.shape[-1])
-        for at, box in tiles.boxes():
+        whole, out = tiles.result(v.shape[-1], q.dtype)
+        for box in tiles.boxes():
             keys, values = tiles.halos(box)
-            torch.bmm(tiles.weights(at, box, keys), values, out=out[at].flatten(0, 2))
-        return tiles.untiled(out, q.dtype)
+            rows = tiles.rows(tiles.q, box, "queries").mul_(tiles.scale)
+            weights = tiles.weights(box, rows, keys)
+            tiles.put(out, box, torch.bmm(weights, values, out=tiles.room(out, box, "outputs")))
+        return tiles.untiled(whole)
 
 
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -416,28 +501,30 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> t
     with torch.autocast(q.device.type, enabled=False):
         tiles = _Tiles(q, k, v, *options)
         d = tiles.tiled(dout)
-        dsources = [torch.zeros_like(x) for x in tiles.sources]
+        whole, dq = tiles.result(q.shape[-1], q.dtype)
+        dsources = [tiles.zeros(x.shape[-1], tiles.dtype) for x in (k, v)]
         drpb = q.new_empty(0) if rpb is None else torch.zeros(rpb.shape, dtype=tiles.dtype, device=rpb.device)
         drelative: dict[tuple[int, ...], Tensor] = {}
         dextra_k, dextra_v = (None if x is None else torch.zeros_like(x, dtype=tiles.dtype) for x in (extra_k, extra_v))
-        for at, box in tiles.boxes():
+        for box in tiles.boxes():
             keys, values = tiles.halos(box)
-            p = tiles.weights(at, box, keys)
-            rows, drows = tiles.q[at].flatten(0, 2), d[at].flatten(0, 2)
+            rows = tiles.rows(tiles.q, box, "queries").mul_(tiles.scale)
+            drows = tiles.rows(d, box, "doutputs")
+            p = tiles.weights(box, rows, keys)
             dhalos = tiles.halo_memory("dhalos", box)
-            dkeys, dvalues = (x for part in dhalos for x in part)
+            dkeys, dvalues = dhalos
             torch.bmm(p.mT, drows, out=dvalues.flatten(0, 2))
             ds = torch.bmm(drows, values.mT, out=tiles.scratch("dweights", *p.shape))
             _softmax_backward(ds, p, -1, tiles.dtype, grad_input=ds)
             torch.bmm(ds.mT, rows, out=dkeys.flatten(0, 2))
-            torch.bmm(ds, keys, out=rows)  # the queries of these tiles are not read again: their gradient replaces them
+            tiles.put(dq, box, torch.bmm(ds, keys, out=rows).mul_(tiles.scale))
             for into, dhalo in zip(dsources, dhalos):
                 tiles.scatter(into, dhalo, box)
             for dextra, dhalo in ((dextra_k, dkeys), (dextra_v, dvalues)):
                 if dextra is not None:
                     dextra += dhalo[:, :, :, tiles.halo :].sum(0)
             if rpb is not None:
-                dscores = ds.view(at.stop - at.start, k.shape[0], *rpb.shape[:1], tiles.tile, ds.shape[-1])
+                dscores = ds.view(dkeys.shape[0], k.shape[0], *rpb.shape[:1], tiles.tile, ds.shape[-1])
                 dscores = dscores[..., : tiles.halo].sum(dim=1)
                 shifts = tiles.shifts(box)
                 for each in set(shifts):
@@ -445,11 +532,11 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> t
                         dscores if len(shifts) == 1 else dscores[[n for n, other in enumerate(shifts) if other == each]]
                     )
                     drelative[each] = drelative.get(each, 0.0) + own.sum(dim=0)
-        dk, dv = (x for part in dsources for x in tiles.inner(part))
+        dk, dv = dsources
         for lie, relative in drelative.items():
             drpb.flatten(1).index_add_(1, tiles.places(lie), relative.flatten(1))
         return (
-            tiles.untiled(tiles.q.mul_(options[-1]), q.dtype),
+            tiles.untiled(whole),
             tiles.flat(dk, k.dtype),
             tiles.flat(dv, v.dtype),
             drpb if rpb is None else drpb.to(rpb.dtype),
