@@ -16,6 +16,8 @@ _PUBLIC = {
     "delta_rule_step": "core_attn.ops.delta",
     "flow_attention": "core_attn.ops.flow",
     "gather_attention": "core_attn.ops.gather",
+    "gated_linear_attention": "core_attn.ops.gated_linear",
+    "gated_linear_step": "core_attn.ops.gated_linear",
     "landmark_attention": "core_attn.ops.landmark",
     "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",

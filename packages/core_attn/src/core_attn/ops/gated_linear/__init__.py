@@ -1,0 +1,124 @@
+"""Gated linear attention: a state of keys times values, in which every channel of the keys decays by its own gate.
+
+"Gated Linear Attention Transformers with Hardware-Efficient Training" (S196), section 4. Shapes: B batch, H heads,
+L tokens, D channels of a key, Dv channels of a value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from core_attn.dispatch import Backend, Operator, Request
+from core_attn.ops.arguments import check_qkv, default_scale, prepare_qkv
+from core_attn.ops.gated_linear import chunked, recurrent, reference
+
+# Up to how many tokens a loop over them is faster than cutting them into chunks.
+FEW = 4
+
+
+def _is_few(request: Request) -> str | None:
+    few = request.query[2] <= FEW and not request.requires_grad
+    return f"for up to {FEW} tokens without gradients the recurrence itself is faster" if few else None
+
+
+def _is_many(request: Request) -> str | None:
+    return None if request.query[2] <= FEW else "one step a token is slower than chunks of tokens"
+
+
+OPERATOR = Operator(
+    "gated_linear_attention",
+    [
+        Backend("torch", chunked.run, pass_over=_is_few),
+        Backend("recurrent", recurrent.run, pass_over=_is_many),
+        Backend("reference", reference.run),
+    ],
+)
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_gate: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ and o_t = scale · q_tᵀ S_t: causal, in time and memory linear in L.
+
+    Gates are given as logarithms, which neither underflow nor lose digits near 1; any strength is computed exactly,
+    with no NaN and no infinity, in values and in gradients. A token that must neither decay the state nor write to it
+    has zeros for k, v and its log-gates. Sums and states are float32 for 16-bit inputs, float64 for float64.
+
+    Args:
+        q: (B, H, L, D), floating point.
+        k: (B, H, L, D).
+        v: (B, H, L, Dv).
+        log_gate: (B, H, L, D) logarithms g of the gates, at most 0; any floating dtype. Values above 0 are refused on
+            the CPU; on other devices and in compiled graphs, where looking would make the program wait, they are not
+            looked for, and give growing states.
+        scale: factor of the outputs; 1/√D by default.
+        initial_state: (B, H, D, Dv) state before the first token; zeros by default.
+        return_state: also return the state behind the last token.
+        backend: "auto", "torch" (in chunks), "recurrent" (a loop over tokens, fast for few) or "reference".
+
+    Returns:
+        (B, H, L, Dv), dtype of q (under autocast, of autocast); with `return_state` a pair of that and the state
+        (B, H, D, Dv) in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; a log-gate above 0.
+        BackendError: the backend asked for cannot run for these inputs, and why.
+        UnknownNameError: no such backend.
+    """
+    check_qkv(q, k, v)
+    if q.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"gated_linear_attention takes as many heads and tokens in k as in q, got {tuple(k.shape[1:3])} and "
+            f"{tuple(q.shape[1:3])} (H, L); repeat shared heads with repeat_interleave"
+        )
+    if log_gate.shape != k.shape or not log_gate.is_floating_point():
+        raise ValueError(
+            f"log_gate must be floating point of the shape of k, {tuple(k.shape)}, "
+            f"got {tuple(log_gate.shape)} of {log_gate.dtype}"
+        )
+    _check_domain(log_gate)
+    state_shape = (*k.shape[:2], k.shape[3], v.shape[3])
+    if initial_state is not None and initial_state.shape != state_shape:
+        raise ValueError(
+            f"initial_state must have shape (B, H, D, Dv) = {state_shape}, got {tuple(initial_state.shape)}"
+        )
+    q, k, v = prepare_qkv(q, k, v)
+    scale = default_scale(q, scale)
+    out, state = OPERATOR(q, k, v, log_gate=log_gate, scale=scale, initial_state=initial_state, backend=backend)
+    return (out, state) if return_state else out
+
+
+def gated_linear_step(
+    q: Tensor, k: Tensor, v: Tensor, *, log_gate: Tensor, state: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One or more further tokens of a sequence: outputs (B, H, T, Dv), and the state behind them.
+
+    Args:
+        q, k, v, log_gate, scale: see `gated_linear_attention`, with T further tokens in place of L.
+        state: (B, H, D, Dv) state so far; zeros at the start. It is not changed.
+
+    Raises:
+        ValueError: see `gated_linear_attention`.
+    """
+    found = gated_linear_attention(q, k, v, log_gate=log_gate, scale=scale, initial_state=state, return_state=True)
+    assert isinstance(found, tuple)
+    return found
+
+
+def _check_domain(log_gate: Tensor) -> None:
+    if log_gate.device.type != "cpu" or torch.compiler.is_compiling() or not log_gate.numel():
+        return
+    highest = float(log_gate.detach().amax())
+    if highest > 0:
+        raise ValueError(
+            f"log_gate must be at most 0 (a gate of at most 1), got {highest:.3g}; use logsigmoid, or log of the gate"
+        )
