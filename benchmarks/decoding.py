@@ -122,8 +122,8 @@ def save(args: argparse.Namespace, lines: list[str], table: list[tuple[Subject, 
     text = [
         "# Decoding after up to a million tokens",
         "",
-        f"`python benchmarks/decoding.py --tokens {args.tokens} --piece {args.piece}`: one more token after a context of "
-        f"so many. Operators alone (B1 H{HEADS} D{WIDTH}), and mechanisms as modules with their projections "
+        f"`python benchmarks/decoding.py --tokens {args.tokens} --piece {args.piece}`: one more token after a context "
+        f"of so many. Operators alone (B1 H{HEADS} D{WIDTH}), and mechanisms as modules with their projections "
         f"(C = {DIM}), float32. The context was read by the same step {pieces}; the cache of softmax was filled with "
         f"random keys and values. Mean processor time of a token over windows of up to {args.window} single steps, the "
         f"least of {args.rounds} rounds taken in turns.",
