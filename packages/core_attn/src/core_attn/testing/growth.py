@@ -135,9 +135,16 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+@functools.cache
+def _out_of_place(packet: Any) -> Any:
+    """The operator of which `packet` writes into its first argument, as torch's table of FLOPs names only that one."""
+    name = packet.__name__
+    return getattr(aten, name[:-1], packet) if name.endswith("_") and not name.endswith("__") else packet
+
+
 def _products(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, inputs: Sequence[Tensor]) -> float:
     """FLOPs of dense and sparse products of matrices; 0 for everything else."""
-    packet = func._overloadpacket
+    packet = _out_of_place(func._overloadpacket)
     if packet in flop_registry:
         return float(flop_registry[packet](*args, **kwargs, out_val=out))
     if "scaled_dot_product" in packet.__name__:  # kernels that torch's own table lacks: q, k, v come first
