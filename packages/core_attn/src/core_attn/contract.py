@@ -143,12 +143,17 @@ class TokenMixer(Mechanism):
         raise NotImplementedError
 
     def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-        """An empty decoding state; only where `info.decodes`."""
-        raise ValueError(f"{self.info.name} has no decoding state: it cannot run token by token")
+        """An empty decoding state; only where `info.decodes`, of a causal module."""
+        raise ValueError(self._why_no_state())
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One or more further tokens (B, T, C) of a causal sequence -> their outputs (B, T, C) and the new state."""
-        raise ValueError(f"{self.info.name} has no decoding state: it cannot run token by token")
+        raise ValueError(self._why_no_state())
+
+    def _why_no_state(self) -> str:
+        if self.info.decodes and not self.causal:
+            return f"{self.info.name} decodes token by token only when it is built with causal=True"
+        return f"{self.info.name} has no decoding state: it cannot run token by token"
 
     def sizes(
         self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None

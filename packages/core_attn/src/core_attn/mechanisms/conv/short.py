@@ -45,4 +45,5 @@ class ShortConvolution(nn.Module):
             out = out + self.bias.to(x.dtype)
         for tap in range(self.size - 1):
             out = torch.addcmul(out, x[:, tap : tap + length], weight[tap])
-        return out, x[:, length:]
+        # A copy: a view would keep all of a long prompt alive in a decoding state.
+        return out, x[:, length:].clone()

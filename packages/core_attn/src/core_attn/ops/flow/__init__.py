@@ -65,6 +65,8 @@ def flow_attention(
             "flow_attention takes k and v of one batch, head count and length, and q and k of one width, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal flow_attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     if causal:
