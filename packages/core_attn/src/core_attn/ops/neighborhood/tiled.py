@@ -157,7 +157,7 @@ _Numbers = tuple[int, ...]
 def _band(
     axes: tuple[Axis, ...], kinds: tuple[_Numbers, ...], counts: _Numbers, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(P or 1, 1, 1, 1, t, w) what windows add to the scores of a box, 0 or -inf, from its tiles' kinds on each axis."""
+    """(P or 1, 1, 1, 1, t, w) what windows add to scores of a box, 0 or -inf, from its tiles' kinds on each axis."""
     rank = len(axes)
     band = torch.zeros((), dtype=dtype, device=device)
     for i, (axis, row, ceiling) in enumerate(zip(axes, kinds, _ceilings(axes, dtype, device))):
