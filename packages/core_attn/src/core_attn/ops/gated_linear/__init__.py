@@ -11,7 +11,8 @@ from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator, Request
 from core_attn.ops.arguments import check_qkv, default_scale, prepare_qkv
-from core_attn.ops.gated_linear import chunked, recurrent, reference
+from core_attn.ops.gated_linear import chunked, recurrent, reference, triton
+from core_attn.ops.packed import by_sequence, packing
 
 # Up to how many tokens a loop over them is faster than cutting them into chunks.
 FEW = 4
@@ -29,9 +30,10 @@ def _is_many(request: Request) -> str | None:
 OPERATOR = Operator(
     "gated_linear_attention",
     [
-        Backend("torch", chunked.run, pass_over=_is_few),
-        Backend("recurrent", recurrent.run, pass_over=_is_many),
-        Backend("reference", reference.run),
+        Backend("triton", triton.run, triton.why_not, lambda request: _is_few(request) or triton.pass_over(request)),
+        Backend("torch", by_sequence(chunked.run, "log_gate"), pass_over=_is_few),
+        Backend("recurrent", by_sequence(recurrent.run, "log_gate"), pass_over=_is_many),
+        Backend("reference", by_sequence(reference.run, "log_gate")),
     ],
 )
 
@@ -45,6 +47,7 @@ def gated_linear_attention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ and o_t = scale · q_tᵀ S_t: causal, in time and memory linear in L.
@@ -63,14 +66,17 @@ def gated_linear_attention(
         scale: factor of the outputs; 1/√D by default.
         initial_state: (B, H, D, Dv) state before the first token; zeros by default.
         return_state: also return the state behind the last token.
-        backend: "auto", "torch" (in chunks), "recurrent" (a loop over tokens, fast for few) or "reference".
+        cu_seqlens: (N + 1,) int32 or int64: the L tokens of the one batch entry are N sequences packed one after the
+            other, and this is 0, then where each of them ends. Each starts anew: states are (N, H, D, Dv). On a GPU the
+            host waits for it once a call.
+        backend: "auto", "triton", "torch" (in chunks), "recurrent" (a loop over tokens, fast for few) or "reference".
 
     Returns:
         (B, H, L, Dv), dtype of q (under autocast, of autocast); with `return_state` a pair of that and the state
         (B, H, D, Dv) in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; a log-gate above 0.
+        ValueError: shapes, dtypes or cu_seqlens that do not fit; a log-gate above 0.
         BackendError: the backend asked for cannot run for these inputs, and why.
         UnknownNameError: no such backend.
     """
@@ -86,14 +92,18 @@ def gated_linear_attention(
             f"got {tuple(log_gate.shape)} of {log_gate.dtype}"
         )
     _check_domain(log_gate)
-    state_shape = (*k.shape[:2], k.shape[3], v.shape[3])
+    packed = packing(q, cu_seqlens)
+    sequences = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    state_shape = (sequences, k.shape[1], k.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(
             f"initial_state must have shape (B, H, D, Dv) = {state_shape}, got {tuple(initial_state.shape)}"
         )
     q, k, v = prepare_qkv(q, k, v)
     scale = default_scale(q, scale)
-    out, state = OPERATOR(q, k, v, log_gate=log_gate, scale=scale, initial_state=initial_state, backend=backend)
+    out, state = OPERATOR(
+        q, k, v, log_gate=log_gate, scale=scale, initial_state=initial_state, backend=backend, **packed
+    )
     return (out, state) if return_state else out
 
 

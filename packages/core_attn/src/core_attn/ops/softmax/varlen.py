@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator, Request
+from core_attn.ops.packed import longest_sequence
 from core_attn.ops.softmax import blocked, reference, triton
 
 
@@ -112,7 +113,10 @@ def softmax_attention_varlen(
         raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    longest = (_longest("offsets_q", offsets_q, q.shape[0]), _longest("offsets_k", offsets_k, k.shape[0]))
+    longest = (
+        longest_sequence("offsets_q", offsets_q, q.shape[0]),
+        longest_sequence("offsets_k", offsets_k, k.shape[0]),
+    )
     if offsets_q.shape != offsets_k.shape:
         raise ValueError(
             f"offsets_q and offsets_k must name as many sequences, got {len(offsets_q) - 1} and {len(offsets_k) - 1}"
@@ -134,20 +138,3 @@ def softmax_attention_varlen(
         backend=backend,
     )
     return out
-
-
-def _longest(name: str, offsets: Tensor, length: int) -> int:
-    """Length of the longest sequence."""
-    if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64) or len(offsets) < 2:
-        raise ValueError(
-            f"{name} must be int32 or int64 of shape (N + 1,), N >= 1, got {offsets.dtype} {tuple(offsets.shape)}"
-        )
-    ends = offsets.tolist()
-    lengths = [b - a for a, b in pairwise(ends)]
-    if ends[0] != 0 or ends[-1] != length or min(lengths) < 0:
-        raise ValueError(f"{name} must rise from 0 to the {length} packed rows and never fall, got {_shown(ends)}")
-    return max(lengths)
-
-
-def _shown(ends: list[int]) -> str:
-    return str(ends) if len(ends) <= 8 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
