@@ -75,6 +75,13 @@ class MultiHeadMixer(TokenMixer):
         """
         return self.draw(q, k, generator)
 
+    def finish(self, out: Tensor, *, x: Tensor, v: Tensor, grid: tuple[int, ...] | None) -> Tensor:
+        """What is done to the heads' outputs (B, L, C) before the output projection; nothing here.
+
+        `x` (B, L, C) is what the queries were made from, v (B, Hkv, M, D) what was read.
+        """
+        return out
+
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, H·D) -> (B, H, L, D)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -107,4 +114,4 @@ class MultiHeadMixer(TokenMixer):
         out = self.attend(q, k, v, key_padding_mask=key_padding_mask, aux=aux)
         if self._tap is not None:
             out = self._tap(self, q, k, v, out, key_padding_mask, aux)
-        return self.out_proj(self.merge_heads(out))
+        return self.out_proj(self.finish(self.merge_heads(out), x=x, v=v, grid=grid))

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "agent_attention": "core_attn.ops.agent",
     "auto_correlation": "core_attn.ops.autocorrelation",
     "block_sparse_attention": "core_attn.ops.block_sparse",
     "clipped_softmax_attention": "core_attn.ops.clipped",
@@ -18,10 +19,14 @@ _PUBLIC = {
     "gather_attention": "core_attn.ops.gather",
     "gated_linear_attention": "core_attn.ops.gated_linear",
     "gated_linear_step": "core_attn.ops.gated_linear",
+    "kernel_attention": "core_attn.ops.kernel",
+    "kernel_step": "core_attn.ops.kernel",
     "landmark_attention": "core_attn.ops.landmark",
     "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
     "relative_attention": "core_attn.ops.relative",
+    "scalar_decay_attention": "core_attn.ops.scalar_decay",
+    "scalar_decay_step": "core_attn.ops.scalar_decay",
     "softmax_attention": "core_attn.ops.softmax",
     "softmax_attention_varlen": "core_attn.ops.softmax.varlen",
     "window_attention": "core_attn.ops.window",
