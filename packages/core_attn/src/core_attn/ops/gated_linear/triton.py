@@ -78,7 +78,8 @@ class Call:
         offsets: Tensor | None,
         longest: int,
         scale: float,
-        **constants: bool,
+        *,
+        constants: Mapping[str, bool] | None = None,
     ) -> None:
         tensors = {n: x if x.dim() == 3 or x.stride(-1) == 1 else x.contiguous() for n, x in inputs.items()}
         q, v = tensors["q"], tensors["v"]
@@ -109,7 +110,7 @@ class Call:
             "INITIAL": initial is not None,
             "PACKED": offsets is not None,
             "UPCAST": kernels.upcast(q.dtype),
-            **constants,
+            **(constants or {}),
         }
         self.dtype, self.offsets = q.dtype, offsets
 
@@ -199,9 +200,15 @@ def _backward(
     call.launch(triton_kernels.values_backward, _OUTPUT, split="v", dout=dout, weights=weights, dstates=dstates, dv=dv)
     dweights = weights
     call.launch(triton_kernels.weights_backward, _WEIGHTS, dout=dout, dweights=dweights)
-    inside = {n: q.new_empty(q.shape, dtype=torch.float32) for n in ("dq_inside", "dk_inside")}
+    dq_inside, dk_inside = (q.new_empty(q.shape, dtype=torch.float32) for _ in "qk")
     call.launch(
-        triton_kernels.inside_backward, _INSIDE, each=chunk_size() // _SUB, split="k", dweights=dweights, **inside
+        triton_kernels.inside_backward,
+        _INSIDE,
+        each=chunk_size() // _SUB,
+        split="k",
+        dweights=dweights,
+        dq_inside=dq_inside,
+        dk_inside=dk_inside,
     )
     call.launch(
         triton_kernels.keys_backward,
@@ -213,7 +220,8 @@ def _backward(
         dq=dq,
         dk=dk,
         dg=dg,
-        **inside,
+        dq_inside=dq_inside,
+        dk_inside=dk_inside,
     )
     return dq, dk, dv, dg, dinitial
 
