@@ -194,6 +194,13 @@ def remembered(state: Any) -> int:
 def everything() -> Iterator[Subject]:
     for name, more in STEPS.items():
         yield operator_subject(name, more)
+    yield Subject(
+        "operator",
+        "kernel_attention",
+        lambda: torch.zeros(1, HEADS, WIDTH, WIDTH + 1),
+        lambda count: (*torch.rand(2, 1, HEADS, count, WIDTH).unbind(), torch.randn(1, HEADS, count, WIDTH)),
+        lambda x, s: ops.kernel_step(*x, s),
+    )
     yield Subject("operator", "flow_attention", flow_start, heads_tokens, lambda x, s: flow_attention_step(*x, s))
     for info in core_attn.list(pattern="causal_self", decodes=True, constant_state=True):
         yield module_subject(info.name)

@@ -268,6 +268,21 @@ OPERATORS = {
             "log_decay": [(-torch.rand(2), "(2,)"), (torch.full((2, 2, 7), 2.0), "at most 0")],
         },
     ),
+    "kernel_attention": (
+        {
+            "q_features": torch.rand(2, 2, 7, 4),
+            "k_features": torch.rand(2, 2, 7, 4),
+            "v": tokens(2, 2, 7, 6),
+            "causal": True,
+        },
+        {
+            "q_features": SHAPES["q"],
+            "k_features": [*SHAPES["k"][1:], (tokens(2, 2, 7, 3), "3")],
+            "v": SHAPES["v"],
+            "initial_state": [(tokens(2, 2, 4, 6), "(2, 2, 4, 6)")],
+            **BACKEND,
+        },
+    ),
     "flow_attention": ({**common(), "causal": True}, {**SHAPES, **BACKEND}),
 }
 WRONG = [

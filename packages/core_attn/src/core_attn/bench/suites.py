@@ -337,6 +337,16 @@ def _linear_operators(sizes: _Sizes, length: int, dtype: torch.dtype) -> list[En
         q, k, v = tokens()
         return [q, F.normalize(k.float(), dim=-1).to(dtype), v, _uniform(gates, 0.0, 1.0).to(dtype)]
 
+    def features() -> list[Tensor]:
+        q, k, v = tokens()
+        return [q.exp(), k.exp(), v]
+
+    def convolution() -> list[Tensor]:
+        channels = sizes.heads * sizes.width
+        (x,) = _random((sizes.batch, channels, length), dtype, 1)
+        (kernel,) = _random((channels, length), dtype, 1)
+        return [x, kernel / length]
+
     slopes = -torch.exp2(-8.0 * torch.arange(1, sizes.heads + 1) / sizes.heads)
     return [
         Entry(
@@ -356,7 +366,9 @@ def _linear_operators(sizes: _Sizes, length: int, dtype: torch.dtype) -> list[En
             tensors=scalar,
         ),
         Entry("delta_rule", partial(_with_gate, "delta_rule", "beta"), tensors=delta),
+        Entry("kernel_attention", partial(_operator, "kernel_attention", causal=True), tensors=features),
         Entry("flow_attention", partial(_operator, "flow_attention", causal=True)),
+        Entry("fft_conv, kernel of L", partial(_operator, "fft_conv"), tensors=convolution),
     ]
 
 
