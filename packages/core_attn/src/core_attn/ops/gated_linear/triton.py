@@ -161,7 +161,7 @@ def _weights(call: Call, like: Tensor) -> Tensor:
     weights = like.new_empty(*like.shape[:3], chunk_size())
     # A tile has the whole width of a head: as many warps as leave it few registers a thread.
     warps = max(1, min(8, call.constants["BLOCK_D"] * like.element_size() // 64))
-    table = {like.element_size(): ((0, 0, warps, 1),)}
+    table: Table = {like.element_size(): ((0, 0, warps, 1),)}
     call.launch(triton_kernels.weights_forward, table, each=chunk_size() // _SUB, weights=weights)
     return weights
 

@@ -29,7 +29,7 @@ _KEYS: Table = {2: ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 4, 2)), 4: ((32, 32
 
 def _call(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *options: Any, **constants: bool) -> Call:
     fixed = g.dim() == 1
-    decay = g[None, :, None].expand(v.shape[0], -1, 1) if fixed else g
+    decay = g[None, :, None].expand(v.shape[:3]) if fixed else g
     return Call({"q": q, "k": k, "v": v, "g": decay}, *options, constants={"FIXED": fixed, **constants})
 
 
