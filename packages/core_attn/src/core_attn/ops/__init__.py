@@ -15,6 +15,7 @@ _PUBLIC = {
     "clipped_softmax_attention": "core_attn.ops.clipped",
     "delta_rule": "core_attn.ops.delta",
     "delta_rule_step": "core_attn.ops.delta",
+    "fft_conv": "core_attn.ops.fftconv",
     "flow_attention": "core_attn.ops.flow",
     "gather_attention": "core_attn.ops.gather",
     "gated_linear_attention": "core_attn.ops.gated_linear",
