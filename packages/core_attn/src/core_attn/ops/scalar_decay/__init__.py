@@ -115,6 +115,12 @@ def scalar_decay_step(
     return found
 
 
+def pairs_in_chunks(length: int) -> int:
+    """Pairs of tokens of one chunk, summed over the chunks of a sequence: what the form in chunks multiplies."""
+    whole, rest = divmod(length, chunked.CHUNK)
+    return whole * chunked.CHUNK**2 + rest**2
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
     if q.dim() != 4 or q.shape != k.shape:
         raise ValueError(f"q and k must have one shape (B, G, L, D), got {tuple(q.shape)} and {tuple(k.shape)}")

@@ -41,14 +41,14 @@ _FLOOR = {torch.float32: -120.0, torch.float64: -800.0}
 
 
 class _Place(NamedTuple):
-    """Heads h0 … h1 - 1 of sample b, `count` chunks of segment s from token `start` on, of which `pad` are missing."""
+    """Heads h0 … h1 - 1 of sample b, `chunks` chunks of segment s from token `start` on, of which `pad` are missing."""
 
     b: int
     h0: int
     h1: int
     s: int
     start: int
-    count: int
+    chunks: int
     pad: int
 
 
@@ -138,49 +138,49 @@ class _Call:
                     )
 
     def decay(self, p: _Place) -> _Decay:
-        stop = p.start + p.count * self.chunk - p.pad
+        stop = p.start + p.chunks * self.chunk - p.pad
         if self.g.dim() == 3:
             g = F.pad(self.g[p.b, p.h0 : p.h1, p.start : stop].to(self.dtype), (0, p.pad))
-            return _Decay(g.unflatten(1, (p.count, self.chunk)), p.count, self.scale)
-        if (p.count, p.pad) not in self.kept:
+            return _Decay(g.unflatten(1, (p.chunks, self.chunk)), p.chunks, self.scale)
+        if (p.chunks, p.pad) not in self.kept:
             g = self.g[p.h0 : p.h1, None].to(self.dtype).expand(-1, self.chunk)
             if p.pad:
-                g = F.pad(g.repeat(1, p.count)[:, : stop - p.start], (0, p.pad)).unflatten(1, (p.count, self.chunk))
+                g = F.pad(g.repeat(1, p.chunks)[:, : stop - p.start], (0, p.pad)).unflatten(1, (p.chunks, self.chunk))
             else:
                 g = g.unsqueeze(1)
-            self.kept[p.count, p.pad] = _Decay(g, p.count, self.scale)
-        return self.kept[p.count, p.pad]
+            self.kept[p.chunks, p.pad] = _Decay(g, p.chunks, self.scale)
+        return self.kept[p.chunks, p.pad]
 
     def cut(self, x: Tensor, p: _Place) -> Tensor:
         """(B, H or G, L, D) -> (n, T, C, D); tokens past the end are zeros, which change nothing."""
         shared = self.heads // x.shape[1]
         h1 = max(p.h0 // shared + 1, p.h1 // shared)
-        part = x[p.b, p.h0 // shared : h1, p.start : p.start + p.count * self.chunk].to(self.dtype)
+        part = x[p.b, p.h0 // shared : h1, p.start : p.start + p.chunks * self.chunk].to(self.dtype)
         if p.h1 - p.h0 != part.shape[0]:
             part = part.repeat_interleave(shared, dim=0)
         if p.pad:
             part = F.pad(part, (0, 0, 0, p.pad))
-        return part.unflatten(1, (p.count, self.chunk))
+        return part.unflatten(1, (p.chunks, self.chunk))
 
     def flat(self, x: Tensor, p: _Place) -> Tensor:
         """(B, H or G, L, D) -> (R, C, D)."""
         return self.cut(x, p).flatten(0, 1)
 
     def _direct(self, whole: Tensor, p: _Place) -> bool:
-        rows = p.h1 - p.h0 == 1 or p.count * self.chunk == self.length
+        rows = p.h1 - p.h0 == 1 or p.chunks * self.chunk == self.length
         return rows and not p.pad and whole.dtype is self.dtype and whole.shape[1] == self.heads
 
     def room(self, name: str, whole: Tensor, p: _Place) -> Tensor:
         """(R, C, D) to be filled and then `put`: the place in `whole` (B, H or G, L, D) itself, where that can be."""
         if self._direct(whole, p):
             return self.flat(whole, p)
-        return self.buffer(name, whole, (p.h1 - p.h0) * p.count, self.chunk, whole.shape[-1])
+        return self.buffer(name, whole, (p.h1 - p.h0) * p.chunks, self.chunk, whole.shape[-1])
 
     def put(self, whole: Tensor, part: Tensor, p: _Place) -> None:
         """Write what `room` gave to its place; heads that share one are added up."""
         if self._direct(whole, p):
             return
-        tokens = p.count * self.chunk - p.pad
+        tokens = p.chunks * self.chunk - p.pad
         part = part.view(p.h1 - p.h0, -1, part.shape[-1])[:, :tokens]
         if whole.shape[1] == self.heads:
             whole[p.b, p.h0 : p.h1, p.start : p.start + tokens] = part
@@ -201,7 +201,7 @@ class _Piece:
 
     def __init__(self, call: _Call, q: Tensor, k: Tensor, p: _Place) -> None:
         self.call, self.decay = call, call.decay(p)
-        self.rows, self.count = p.h1 - p.h0, p.count
+        self.rows, self.count = p.h1 - p.h0, p.chunks
         queries, keys = call.cut(q, p), call.cut(k, p)
         self.read, self.kept = self._times("read", queries, self.decay.up), self._times("kept", keys, self.decay.down)
         self.x, self.y = self.read, self.kept
