@@ -32,7 +32,7 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    if name in {"ops", "testing", "mechanisms", "state", "bench", "parallel"}:
+    if name in {"ops", "testing", "mechanisms", "state", "bench", "parallel", "distillation"}:
         return importlib.import_module(f"core_attn.{name}")
     raise AttributeError(f"module 'core_attn' has no attribute {name!r}")
 

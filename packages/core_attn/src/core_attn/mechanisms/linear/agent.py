@@ -46,9 +46,13 @@ _TABLE = 7
         ),
         # The softmax over the keys: largest score, sum, weighted sum.
         passes=3,
-        flops="8*B*L*C**2 + 8*B*H*L*N*D + 18*B*L*C",
-        bytes="E*(2*B*L*C + 4*C**2 + 10*C + H*N*(98 + 4*W))",
-        symbols={"N": "agents", "W": "entries of the tables of biases of rows and of columns"},
+        flops="8*B*L*C**2 + 8*B*H*L*N*D + 18*Z*B*L*C",
+        bytes="E*(2*B*L*C + 4*C**2 + 10*Z*C + H*N*(98 + 4*W))",
+        symbols={
+            "N": "agents",
+            "W": "entries of the tables of biases of rows and of columns",
+            "Z": "1 with the convolution of the values, else 0",
+        },
     ),
 )
 class AgentAttention(MultiHeadMixer):
@@ -64,7 +68,8 @@ class AgentAttention(MultiHeadMixer):
         causal: must be False.
         agents: N, the square of an integer; 49 in the paper for images.
         window: entries of the tables of rows and columns: the side of the images that they are made for, 14 in the
-        paper. local: whether there is the convolution of the values.
+            paper.
+        local: whether there is the convolution of the values.
         backend: see `core_attn.ops.agent_attention`.
 
     Raises:
@@ -152,7 +157,7 @@ class AgentAttention(MultiHeadMixer):
         self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
     ) -> dict[str, float]:
         sizes = super().sizes(batch=batch, length=length, context=context, grid=grid)
-        return sizes | {"N": self.agents, "W": self.window}
+        return sizes | {"N": self.agents, "W": self.window, "Z": int(self.local is not None)}
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, agents={self.agents}, window={self.window}"

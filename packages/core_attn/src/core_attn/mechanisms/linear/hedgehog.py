@@ -1,7 +1,7 @@
 """Hedgehog: linear attention whose feature maps learn to mimic softmax attention.
 
 "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry" (S193), section 4. How a trained
-softmax layer becomes one is in `core_attn.mechanisms.linear.distillation`.
+softmax layer becomes one is in `core_attn.distillation`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from core_attn.registry import register
 ACTIVATIONS = ("softmax", "exp", "exp_max")
 # Least value of a feature, as in the official code: a query then reads something whatever the map has learned.
 LEAST = 1e-12
-# e^80 is still far from the largest float32, so that sums of many features stay finite.
-_LARGEST = 80.0
+# e^60 is so far from the largest float32 that sums over a million tokens of features times values stay finite.
+_LARGEST = 60.0
 
 
 @register(
@@ -66,9 +66,9 @@ class HedgehogAttention(MultiHeadMixer):
 
     Args:
         dim, heads, causal, bias: see `MultiHeadMixer`.
-        activation: "softmax" over the features of a token, which is bounded; "exp", the paper's eq. 4, with products of
-            keys above 80 cut; "exp_max", the official code's form of it, which divides the exponentials of every token
-            by their largest. That cancels for queries taken as one half, but gives keys other weights than eq. 4.
+        activation: "softmax" over the features of a token, which is bounded; "exp", exponentials as they are, with
+            exponents of keys above 60 cut; "exp_max", the official code's form of it, which divides the exponentials
+            of every token by their largest. That cancels for queries taken as one half, but gives keys other weights.
         eps: added to the denominator.
         backend: see `core_attn.ops.kernel_attention`.
 

@@ -51,8 +51,9 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
             "O[b,l,c] = Y[b,l,c] + (1 - a[b,h,l]) * v[b,c] + W[b,c,w] * V[b,window(l,w),c]",
         ),
         passes=1,
-        flops="8*B*L*C**2 + 4*B*H*L*D**2 + 2*B*H*L*D + 18*B*L*C + 20*B*C*D",
-        bytes="E*(2*B*L*C + 4*C**2 + 10*C*D)",
+        flops="8*B*L*C**2 + 4*B*H*L*D**2 + 2*B*H*L*D + Z*(18*B*L*C + 20*B*C*D)",
+        bytes="E*(2*B*L*C + 4*C**2 + 10*Z*C*D)",
+        symbols={"Z": "1 with the convolution of the values, else 0"},
     ),
 )
 class InLineAttention(MultiHeadMixer):
@@ -130,6 +131,12 @@ class InLineAttention(MultiHeadMixer):
             return found.view(images.shape)
 
         return out + on_grid(self.merge_heads(v), grid, convolve)
+
+    def sizes(
+        self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
+    ) -> dict[str, float]:
+        sizes = super().sizes(batch=batch, length=length, context=context, grid=grid)
+        return sizes | {"Z": int(self.local is not None)}
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, feature_map={self.feature_map!r}"

@@ -45,8 +45,9 @@ from core_attn.registry import register
             "O[b,l,c] = N[b,l,c] * silu(G[b,l,c])",
         ),
         passes=1,
-        flops="10*B*L*C**2 + 8*B*H*L*D**2 + 4*B*H*L*D + 50*B*L*C",
-        bytes="E*(2*B*L*C + 5*C**2 + 34*C)",
+        flops="10*B*L*C**2 + 8*B*H*L*D**2 + 4*B*H*L*D + 50*Z*B*L*C",
+        bytes="E*(2*B*L*C + 5*C**2 + (7 + 26*Z)*C)",
+        symbols={"Z": "1 with the convolution of the values, else 0"},
     ),
 )
 class NormAwareLinearAttention(MultiHeadMixer):
@@ -152,6 +153,12 @@ class NormAwareLinearAttention(MultiHeadMixer):
             out = out + on_grid(self.merge_heads(v), grid, self.local)
         normed: Tensor = self.norm(out)
         return normed * F.silu(self.gate_proj(x))
+
+    def sizes(
+        self, *, batch: int, length: int, context: int | None = None, grid: tuple[int, ...] | None = None
+    ) -> dict[str, float]:
+        sizes = super().sizes(batch=batch, length=length, context=context, grid=grid)
+        return sizes | {"Z": int(self.local is not None)}
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, power={self.power}"

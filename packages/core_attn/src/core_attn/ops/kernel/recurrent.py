@@ -23,11 +23,11 @@ def run(
         v = F.pad(v, (0, 1), value=1.0)
     if key_padding_mask is not None:
         k = k.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
-    state = q.new_zeros(*q.shape[:2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
+    # Zeros that belong to the graph: without any token they are what there is to differentiate.
+    state = k[:, :, :0].mT @ v[:, :, :0] if initial_state is None else initial_state
     outs = []
     for t in range(q.shape[2]):
         state = state + k[:, :, t, :, None] * v[:, :, t, None]
         read = q[:, :, t, None] @ state
         outs.append(read[..., :-1] / (read[..., -1:] + eps) if normalize else read)
-    width = v.shape[3] - normalize
-    return (torch.cat(outs, dim=2) if outs else q.new_zeros(*q.shape[:2], 0, width)), state
+    return (torch.cat(outs, dim=2) if outs else (q @ state)[..., : v.shape[3] - normalize]), state
