@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -254,6 +256,52 @@ def test_no_tokens(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["usual", "strong"])
+def test_memory_kept_between_calls_is_nobody_elses(kind: str) -> None:
+    """Other calls in between, other sizes, threads, inference mode: the same results to the last bit, of no memory."""
+    given = [cast(inputs(length, kind, seed=length), torch.float32) for length in (150, 70, 1000)]
+    right = [with_gradients(leaves) for leaves in given]
+    outs = [call(leaves) for leaves in given]
+    with torch.inference_mode():
+        frozen = [call(leaves) for leaves in given]
+    for (out, state), alone, expected, leaves in zip(outs, frozen, right, given, strict=True):
+        assert torch.equal(alone[0], expected[0])
+        loss = (out * wave(out)).sum() + (state * wave(state).flip(-1)).sum()
+        for _ in range(2):  # backward twice, behind other calls
+            found = [out, state, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with ThreadPoolExecutor(4) as pool:
+        turns = [turn % 3 for turn in range(24)]
+        for turn, found in zip(turns, pool.map(lambda turn: with_gradients(given[turn]), turns)):
+            assert all(torch.equal(a, b) for a, b in zip(found, right[turn], strict=True))
+
+
+def test_a_call_in_the_middle_of_another_has_memory_of_its_own() -> None:
+    x = torch.empty(1)
+    with chunked._room(x, torch.float32) as outer:
+        kept = outer("read", 8)
+        with chunked._room(x, torch.float32) as inner:
+            assert inner is not outer
+            assert inner("read", 8).data_ptr() != kept.data_ptr()
+    with chunked._room(x, torch.float32) as again, chunked._room(x, torch.float64) as other:
+        assert again is outer
+        assert other is not outer
+        assert again("read", 4).data_ptr() == kept.data_ptr()
+    with pytest.raises(KeyError), chunked._room(x, torch.float32):
+        raise KeyError
+    with chunked._room(x, torch.float32) as new:
+        assert new is not outer
+
+
+def test_memory_kept_between_calls_is_a_few_megabytes() -> None:
+    for kind in ("usual", "strong"):
+        for length in (64, 5000):
+            for width in (8, 64, 256):
+                with_gradients(cast(inputs(length, kind, batch=1, width=width, values=width), torch.float32))
+    with chunked._room(torch.empty(1), torch.float32) as room:
+        assert 0 < sum(x.untyped_storage().nbytes() for x in room.held.values()) < 12e6
+
+
+@pytest.mark.parametrize("kind", ["usual", "strong"])
 def test_finite_differences(kind: str) -> None:
     leaves = inputs(6, kind, batch=1, heads=1, width=3, values=2)
     with torch.no_grad():
@@ -289,9 +337,10 @@ def test_compiles_and_autocasts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["usual", "strong"])
-def test_growth(kind: str) -> None:
+def test_growth(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for length in (512, 16_384):
+        monkeypatch.setattr(chunked, "_thread", threading.local())  # with nothing kept from calls before
         leaves = cast(inputs(length, kind, batch=1, heads=1, width=8, values=8), torch.float32)
         counts.append(growth.count(lambda leaves=leaves: call(leaves)[0].sum().backward()))
     assert counts[1].work / counts[0].work < 33

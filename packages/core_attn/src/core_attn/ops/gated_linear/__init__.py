@@ -124,6 +124,12 @@ def gated_linear_step(
     return found
 
 
+def pairs_in_chunks(length: int) -> int:
+    """Pairs of tokens of one chunk, summed over the chunks of a sequence: what the form in chunks multiplies."""
+    whole, rest = divmod(length, chunked.CHUNK)
+    return whole * chunked.CHUNK**2 + rest**2
+
+
 def _check_domain(log_gate: Tensor) -> None:
     if log_gate.device.type != "cpu" or torch.compiler.is_compiling() or not log_gate.numel():
         return

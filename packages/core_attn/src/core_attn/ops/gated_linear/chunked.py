@@ -23,7 +23,10 @@ Shapes: N = B·H, R chunks of a piece, C tokens of a chunk, K and V channels of 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +41,7 @@ _BOUND = {torch.float32: 80.0, torch.float64: 600.0}
 # A log-gate below this is a gate of 0, in float64 too; it keeps minus infinity out of differences.
 _CLOSED = -1e4
 # Elements of one tensor of a piece: the dozen of them that are alive fit the cache of a core.
-_PIECE = {"cpu": 2**16}
+_PIECE = {"cpu": 2**17}
 _PIECE_ELSEWHERE = 2**24
 
 
@@ -59,25 +62,66 @@ class _Piece(NamedTuple):
 
     def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, H, L, D) -> (R, C, D); a view wherever there can be one."""
-        return self._places(x).flatten(0, 1).to(dtype)
+        view = self._view(x)
+        return (self._places(x).flatten(0, 1) if view is None else view).to(dtype)
 
     def place(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Where to write (R, C, D) of `dtype` for a contiguous (B, H, L, D): there or, given second, at first aside."""
+        view = self._view(x) if x.dtype is dtype else None
+        if view is not None:
+            return view, None
         places = self._places(x)
-        if x.dtype is dtype and (places.shape[0] == 1 or places.stride(0) == places.shape[1] * places.stride(1)):
-            return places.flatten(0, 1), None
-        return x.new_empty(self.rows_shape(x), dtype=dtype), places
+        return torch.empty(places.shape, dtype=dtype, device=x.device).flatten(0, 1), places
 
-    def rows_shape(self, x: Tensor) -> tuple[int, int, int]:
-        return (self.n1 - self.n0) * (self.t1 - self.t0), self.chunk, x.shape[-1]
+    def _view(self, x: Tensor) -> Tensor | None:
+        (_, h, _, d), (batch, head, token, channel) = x.shape, x.stride()
+        heads, times = self.n1 - self.n0, self.t1 - self.t0
+        start, step = self.start * token, self.chunk * token
+        if heads == 1:
+            start += self.n0 // h * batch + self.n0 % h * head
+        elif (batch == h * head or len(x) == 1) and (times == 1 or head == times * step):
+            start += self.n0 * head
+            step = head if times == 1 else step
+        else:
+            return None
+        return x.as_strided((heads * times, self.chunk, d), (step, token, channel), x.storage_offset() + start)
 
     def _places(self, x: Tensor) -> Tensor:
-        stop = self.start + (self.t1 - self.t0) * self.chunk
-        if self.n1 - self.n0 == 1:
-            part = x[self.n0 // x.shape[1], self.n0 % x.shape[1], self.start : stop].unsqueeze(0)
-        else:
-            part = x[:, :, self.start : stop].flatten(0, 1)[self.n0 : self.n1]
-        return part.unflatten(1, (self.t1 - self.t0, self.chunk))
+        times = self.t1 - self.t0
+        part = x[:, :, self.start : self.start + times * self.chunk].flatten(0, 1)[self.n0 : self.n1]
+        return part.unflatten(1, (times, self.chunk))
+
+
+class _Room:
+    """Tensors for what is needed in a piece only, used again by the next: new ones would not be in the cache."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        held = self.held.get(name)
+        if held is None or held.numel() < math.prod(shape):
+            with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
+                held = self.held[name] = torch.empty(math.prod(shape), **self.options)
+        return held[: math.prod(shape)].view(shape)
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def _room(x: Tensor, dtype: torch.dtype) -> Iterator[_Room]:
+    """On the CPU a thread keeps its room, a few MB, from call to call: to take memory anew costs a tenth of the time.
+
+    While in use it is nobody else's, not even a call's that comes in between, from a hook or a finaliser.
+    """
+    kept: dict[torch.dtype, _Room] = _thread.__dict__.setdefault("rooms", {})
+    room = kept.pop(dtype, None) if x.device.type == "cpu" else None
+    room = room or _Room(x.device, dtype)
+    yield room
+    if x.device.type == "cpu":
+        kept[dtype] = room
 
 
 def _count(length: int) -> int:
@@ -87,7 +131,8 @@ def _count(length: int) -> int:
 
 def _pieces(q: Tensor, v: Tensor) -> list[_Piece]:
     rows, (whole, rest) = q.shape[0] * q.shape[1], divmod(q.shape[2], CHUNK)
-    step = max(1, _PIECE.get(q.device.type, _PIECE_ELSEWHERE) // (CHUNK * max(1, q.shape[3], v.shape[3])))
+    widest = max(CHUNK * max(CHUNK, q.shape[3], v.shape[3]), q.shape[3] * v.shape[3])
+    step = max(1, _PIECE.get(q.device.type, _PIECE_ELSEWHERE) // widest)
     heads, times = max(1, step // max(1, whole)), min(step, max(1, whole))
     found = [
         _Piece(n, min(n + heads, rows), t, min(t + times, whole), t * CHUNK, CHUNK)
@@ -116,9 +161,9 @@ class _Weights:
         strong: whether the chunk is put together from halves.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, g: Tensor, ones: Tensor) -> None:
-        self.q, self.k = q, k
-        b = torch.bmm(ones.expand(q.shape[0], -1, -1), g)
+    def __init__(self, q: Tensor, k: Tensor, g: Tensor, ones: Tensor, room: _Room) -> None:
+        self.q, self.k, self.room = q, k, room
+        b = torch.bmm(ones.expand(len(q), -1, -1), g, out=room("up", *q.shape))
         last = b[:, -1:]
         deepest = -float(last.amin())
         bound = _BOUND[q.dtype]
@@ -138,7 +183,8 @@ class _Weights:
         else:
             self.outof = self.fall
         self.up = b.exp_()
-        self.read, self.kept = q * self.up, k / self.up
+        self.read = torch.mul(q, self.up, out=room("read", *q.shape))
+        self.kept = torch.div(k, self.up, out=room("kept", *q.shape))
 
     def _halves(self, g: Tensor, bound: float) -> None:
         """Factors of the halves of every size, from the gates themselves."""
@@ -190,7 +236,8 @@ class _Weights:
     def inside(self) -> Tensor:
         """(R, C, C) what token i of a chunk reads from its token j <= i."""
         if not self.strong:
-            return torch.bmm(self.read, self.kept.transpose(1, 2)).tril_()
+            count, chunk, _ = self.q.shape
+            return torch.bmm(self.read, self.kept.transpose(1, 2), out=self.room("inside", count, chunk, chunk)).tril_()
         count, size, _ = self.shape
         a = self.read.new_zeros(count, size, size)
         for qs, ks, _, _, diagonal, part in self._spans():
@@ -198,24 +245,25 @@ class _Weights:
             _window(a, part, diagonal=diagonal).copy_(weights.tril_() if diagonal else weights)
         return a[:, : self.chunk, : self.chunk]
 
-    def gradients(self, da: Tensor, dread: Tensor, dkept: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
-        """Write dq and dk, and return q · dq - k · dk.
+    def gradients(self, da: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
+        """Turn gradients of `read` and `kept` by the states into those of q and k, and return q · dq - k · dk.
 
         Args:
-            da: (R, C, C) gradients of `inside()`.
-            dread, dkept: (R, C, K) gradients of `read` and `kept` by the states; used up.
+            da: (R, C, C) gradients of `inside()`; used up.
+            dq, dk: (R, C, K) gradients of `read` and `kept` by the states; replaced.
         """
         if not self.strong:
             da.tril_()
-            dread.baddbmm_(da, self.kept)
-            dkept.baddbmm_(da.transpose(1, 2), self.read)
-            torch.mul(dread, self.up, out=dq)
-            torch.div(dkept, self.up, out=dk)
-            return dread.mul_(self.read).addcmul_(dkept, self.kept, value=-1.0)
+            dq.baddbmm_(da, self.kept)
+            dk.baddbmm_(da.transpose(1, 2), self.read)
+            db = self.read.mul_(dq).addcmul_(self.kept, dk, value=-1.0)
+            dq *= self.up
+            dk /= self.up
+            return db
         _, size, _ = self.shape
         if size != self.chunk:
             da = F.pad(da, (0, size - self.chunk, 0, size - self.chunk))
-        whole_q, whole_k = (dread.new_zeros(self.shape) for _ in range(2))
+        whole_q, whole_k = (da.new_zeros(self.shape) for _ in range(2))
         for qs, ks, u, w, diagonal, part in self._spans():
             some = _window(da, part, diagonal=diagonal)
             some = some.tril() if diagonal else some.contiguous()
@@ -225,14 +273,16 @@ class _Weights:
                 to_q, to_k = self._parts(whole_q, part)[1], self._parts(whole_k, part)[0]
             to_q.addcmul_(some @ ks, u)
             to_k.addcmul_(some.transpose(-1, -2) @ qs, w)
-        torch.addcmul(whole_q[:, : self.chunk], dread, self.up, out=dq)
-        torch.addcmul(whole_k[:, : self.chunk], dkept, self.down, out=dk)
+        dq.mul_(self.up).add_(whole_q[:, : self.chunk])
+        dk.mul_(self.down).add_(whole_k[:, : self.chunk])
         return (dq * self.q[:, : self.chunk]).addcmul_(dk, self.k[:, : self.chunk], value=-1.0)
 
 
 def _power(x: Tensor) -> Tensor:
     """e^x for x <= 0, with zero for what is nothing beside 1: numbers too small for a normal float are slow."""
-    return F.threshold_(x.exp(), 1e-150 if x.dtype is torch.float64 else 1e-19, 0.0)
+    least = -346.0 if x.dtype is torch.float64 else -44.0
+    # The exponential itself is fifty times slower where its results are so small.
+    return F.threshold(x.clamp(min=least).exp_(), math.exp(least), 0.0)
 
 
 def _block(g: Tensor, bound: float) -> int:
@@ -258,8 +308,8 @@ def _window(a: Tensor, size: int, *, diagonal: bool) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = state_dtype(q)
+    dtype = state_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False), _room(q, dtype) as room:
         out = q.new_empty(*q.shape[:3], v.shape[3])
         # The state before each chunk, and behind the last.
         heads = q.shape[0] * q.shape[1]
@@ -269,12 +319,13 @@ def _forward(
         q, k, v, g = (_together(x) for x in (q, k, v, g))
         for p in _pieces(q, v):
             value = p.rows(v, dtype)
-            w = _Weights(p.rows(q, dtype), p.rows(k, dtype), p.rows(g, dtype), ones[: p.chunk, : p.chunk])
-            added = torch.bmm(w.kept.transpose(1, 2), value)
+            w = _Weights(p.rows(q, dtype), p.rows(k, dtype), p.rows(g, dtype), ones[: p.chunk, : p.chunk], room)
+            own = states[p.states]
+            added = own[0, 1:] if len(own) == 1 else room("added", len(value), *own.shape[2:])
+            torch.bmm(w.kept.transpose(1, 2), value, out=added)
             if w.outof is not None:
                 added *= w.outof
-            own = states[p.states]
-            _advance(own, added, w.fall)
+            _recur(own, added, w.fall)
             before = own[:, :-1].flatten(0, 1)
             here, aside = p.place(out, dtype)
             torch.bmm(w.read, before if w.into is None else before * w.into, out=here)
@@ -284,71 +335,68 @@ def _forward(
         return out, states[:, -1].unflatten(0, out.shape[:2]).clone(), states
 
 
-def _advance(states: Tensor, added: Tensor, fall: Tensor) -> None:
-    """states[t + 1] = fall[t] · states[t] + added[t], for (heads, T + 1, K, V) and (heads · T, …)."""
-    many = (states.shape[0], states.shape[1] - 1)
-    steps = zip(added.unflatten(0, many).unbind(1), fall.unflatten(0, many).unbind(1))
-    places = states.unbind(1)
-    for t, (new, left) in enumerate(steps):
-        torch.addcmul(new, places[t], left, out=places[t + 1])
+def _recur(states: Tensor, new: Tensor, fall: Tensor, *, back: bool = False) -> None:
+    """states[t + 1] = fall[t] · states[t] + new[t], or from the end states[t] = fall[t] · states[t + 1] + new[t].
 
-
-def _recede(ends: Tensor, reads: Tensor, fall: Tensor) -> None:
-    """ends[t] = fall[t] · ends[t + 1] + reads[t], from the last on."""
-    many = (ends.shape[0], ends.shape[1] - 1)
-    new, left, places = reads.unflatten(0, many).unbind(1), fall.unflatten(0, many).unbind(1), ends.unbind(1)
-    for t in range(many[1] - 1, -1, -1):
-        torch.addcmul(new[t], places[t + 1], left[t], out=places[t])
+    states are (heads, T + 1, K, V), the others (heads · T, …). Of a single head, `new` lies in its place already.
+    """
+    if len(states) > 1:
+        place = states[:, :-1] if back else states[:, 1:]
+        place.copy_(new.view(place.shape))
+    order = -1 if back else 1
+    places, left = states.unbind(1)[::order], fall.unflatten(0, (len(states), -1)).unbind(1)[::order]
+    for before, after, factor in zip(places, places[1:], left):
+        after.addcmul_(before, factor)
 
 
 def _backward(
     dout: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, states: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = states.dtype
+    dtype = states.dtype
+    with torch.autocast(q.device.type, enabled=False), _room(q, dtype) as room:
         found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
         dstate = dfinal.to(dtype, copy=True).flatten(0, 1)
         ones = torch.ones(CHUNK, CHUNK, dtype=dtype, device=q.device).tril_()
         q, k, v, g, dout = (_together(x) for x in (q, k, v, g, dout))
         for p in reversed(_pieces(q, v)):
             d, value, lower = p.rows(dout, dtype), p.rows(v, dtype), ones[: p.chunk, : p.chunk]
-            w = _Weights(p.rows(q, dtype), p.rows(k, dtype), p.rows(g, dtype), lower)
+            w = _Weights(p.rows(q, dtype), p.rows(k, dtype), p.rows(g, dtype), lower, room)
             places = [p.place(x, dtype) for x in found]
             dq, dk, dv, dg = (here for here, _ in places)
             # Gradients of the states behind the chunks, from the last to the first.
-            reads = _scaled(w.read.transpose(1, 2), d, scale)
+            own = states[p.states]
+            rows, chunk, _ = w.read.shape
+            ends = room("ends", *own.shape)
+            reads = ends[0, :-1] if len(own) == 1 else room("reads", rows, *own.shape[2:])
+            _scaled(w.read.transpose(1, 2), d, scale, reads)
             if w.into is not None:
                 reads *= w.into
-            own = states[p.states]
-            ends = torch.empty_like(own)
             ends[:, -1] = dstate[p.n0 : p.n1]
-            _recede(ends, reads, w.fall)
+            _recur(ends, reads, w.fall, back=True)
             dstate[p.n0 : p.n1] = ends[:, 0]
             behind, before = ends[:, 1:].flatten(0, 1), own[:, :-1].flatten(0, 1)
-            at_end = torch.mul(behind, own[:, 1:].flatten(0, 1), out=reads).sum(-1)
+            spare = room("spare", *behind.shape)
+            at_end = torch.mul(behind, own[:, 1:].flatten(0, 1), out=spare).sum(-1)
             if w.into is not None:
-                before = before * w.into
+                before = torch.mul(before, w.into, out=spare)
             if w.outof is not None:
-                behind = behind * w.outof
-            _scaled(w.inside().transpose(1, 2), d, scale, out=dv)
-            dv.baddbmm_(w.kept, behind)
-            da = _scaled(d, value.transpose(1, 2), scale)
-            dread = _scaled(d, before.transpose(1, 2), scale)
-            dkept = torch.bmm(value, behind.transpose(1, 2))
-            db = w.gradients(da, dread, dkept, dq, dk)
+                behind *= w.outof
+            _scaled(w.inside().transpose(1, 2), d, scale, dv).baddbmm_(w.kept, behind)
+            da = _scaled(d, value.transpose(1, 2), scale, room("inside", rows, chunk, chunk))
+            _scaled(d, before.transpose(1, 2), scale, dq)
+            torch.bmm(value, behind.transpose(1, 2), out=dk)
+            db = w.gradients(da, dq, dk)
             # Everything behind a token feels its gate: the rest of the chunk, and the state at its end.
-            torch.baddbmm(at_end.unsqueeze(1).expand_as(db), lower.t().expand(len(db), -1, -1), db, out=dg)
+            db[:, -1] += at_end
+            torch.bmm(lower.t().expand(rows, -1, -1), db, out=dg)
             for here, aside in places:
                 if aside is not None:
                     aside.copy_(here.view(aside.shape))
         return *found, dstate.unflatten(0, dfinal.shape[:2])
 
 
-def _scaled(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale · a @ b, without a pass for the scale."""
-    if out is None:
-        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    # With beta = 0 what is in `out` is not read.
+def _scaled(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    """scale · a @ b, without a pass for the scale: with beta = 0 what is in `out` is not read."""
     return out.baddbmm_(a, b, beta=0, alpha=scale)
 
 
@@ -371,7 +419,7 @@ _backward_op = torch.library.custom_op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, state = state_dtype(q), (q.shape[3], v.shape[3])
+    dtype, state = state_dtype(q.dtype), (q.shape[3], v.shape[3])
     return (
         q.new_empty(*q.shape[:3], v.shape[3]),
         q.new_empty(*q.shape[:2], *state, dtype=dtype),
@@ -397,11 +445,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.initial = None if initial is None else initial.dtype
     ctx.save_for_backward(q, k, v, g, output[2])
     ctx.mark_non_differentiable(output[2])
+    # Else the states would get gradients of zeros, as large as they are.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor, dfinal: Tensor, dstates: Tensor | None) -> tuple[Any, ...]:
-    *inputs, states = ctx.saved_tensors
-    *found, dinitial = _backward_op(dout, dfinal, *inputs, states, ctx.scale)
+def _differentiate(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, g, states = ctx.saved_tensors
+    if dout is None:
+        dout = v.new_zeros(*q.shape[:3], v.shape[3])
+    if dfinal is None:
+        dfinal = states.new_zeros(*q.shape[:2], *states.shape[2:])
+    *found, dinitial = _backward_op(dout, dfinal, q, k, v, g, states, ctx.scale)
     return *found, None if ctx.initial is None else dinitial.to(ctx.initial), None
 
 

@@ -12,7 +12,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, *, log_gate: Tensor, scale: float, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `core_attn.ops.gated_linear_attention` hands them on -> outputs and final state."""
-    dtype = state_dtype(q)
+    dtype = state_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         # Rows (B·H, L, ·), so that a step is two products of batches of matrices.
         queries, keys, values, decay = (x.to(dtype).flatten(0, 1) for x in (q, k, v, log_gate))

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 
-def state_dtype(q: Tensor) -> torch.dtype:
-    """What states are kept and sums are made in: float64 for float64, else float32."""
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
+def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """What states are kept and sums are made in for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, *, log_gate: Tensor, scale: float, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `core_attn.ops.gated_linear_attention` hands them on -> outputs and final state."""
-    dtype = state_dtype(q)
+    dtype = state_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values, decay = q.to(dtype) * scale, k.to(dtype), v.to(dtype), log_gate.to(dtype).exp()
         if initial_state is None:

@@ -59,6 +59,23 @@ def new_states(q: Tensor, v: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
     return v.new_empty(chunks, *shape, dtype=torch.float32), v.new_empty(sequences, *shape, dtype=torch.float32)
 
 
+def leave_out_states(ctx: Any, states: Tensor) -> None:
+    """The states of all chunks, which only the backward reads, have no gradient."""
+    ctx.mark_non_differentiable(states)
+    # Else autograd would make one of zeros, as large as they are.
+    ctx.set_materialize_grads(False)
+
+
+def or_zeros(
+    dout: Tensor | None, dfinal: Tensor | None, v: Tensor, states: Tensor, offsets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of outputs and final states, zeros for one that nothing was made of."""
+    sequences = v.shape[0] if offsets is None else offsets.shape[0] - 1
+    if dfinal is None:
+        dfinal = states.new_zeros(sequences, *states.shape[1:])
+    return torch.zeros_like(v) if dout is None else dout, dfinal
+
+
 class Call:
     """What all kernels of one call share: tensors, numbers and constants by name.
 
@@ -254,13 +271,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     q, k, v, g, initial, offsets, *ctx.options = inputs
     ctx.initial = initial is not None
     ctx.save_for_backward(q, k, v, g, offsets, output[2])
-    ctx.mark_non_differentiable(output[2])
+    leave_out_states(ctx, output[2])
 
 
-def _differentiate(ctx: Any, dout: Tensor, dfinal: Tensor, dstates: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, g, offsets, states = ctx.saved_tensors
+    upstream = or_zeros(dout, dfinal, v, states, offsets)
     # The state before the first chunk is among the states.
-    *found, dinitial = _backward_op(dout, dfinal, states, q, k, v, g, None, offsets, *ctx.options)
+    *found, dinitial = _backward_op(*upstream, states, q, k, v, g, None, offsets, *ctx.options)
     return *found, dinitial if ctx.initial else None, None, *(None for _ in ctx.options)
 
 
@@ -306,6 +324,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             initial = torch.empty(3 if packed else 1, 4, channels, channels, device="meta")
             name = f"{'packed' if packed else 'plain'}{channels}"
             yield name, functools.partial(_both, q, g, (initial, offsets, 500 if packed else 1000, 0.1))
+    # Triton makes constants of numbers that are 1.
+    single = torch.empty(1, 1, 1, 1, dtype=dtype, device="meta")
+    yield "single", functools.partial(_both, single, single, (None, None, 1, 1.0))
 
 
 def _both(q: Tensor, g: Tensor, options: tuple[Any, ...]) -> None:
