@@ -30,6 +30,8 @@ _PUBLIC = {
     "scalar_decay_step": "core_attn.ops.scalar_decay",
     "softmax_attention": "core_attn.ops.softmax",
     "softmax_attention_varlen": "core_attn.ops.softmax.varlen",
+    "titans_memory": "core_attn.ops.titans",
+    "titans_step": "core_attn.ops.titans",
     "window_attention": "core_attn.ops.window",
 }
 __all__ = sorted(_PUBLIC)

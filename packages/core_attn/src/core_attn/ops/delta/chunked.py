@@ -67,7 +67,7 @@ class _Call:
         x[:, :, first:last] = flat[:, :, : last - first]
 
 
-def _falls(g: Tensor) -> tuple[Tensor, Tensor]:
+def falls(g: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C) log-decays -> e^(b_i - b_j) for j <= i and 0 elsewhere (N, C, C), and e^b (N, C, 1).
 
     Every factor is a product of two that end and start at one place between j and i, each e to a sum of log-decays of
@@ -98,7 +98,7 @@ class _Piece:
         self.beta = call.cut(beta.unsqueeze(-1), t0, t1).flatten(0, 1)
         self.falls = self.up = self.down = self.whole = None
         if g is not None:
-            self.falls, self.up = _falls(call.cut(g.unsqueeze(-1), t0, t1).flatten(0, 1).squeeze(-1))
+            self.falls, self.up = falls(call.cut(g.unsqueeze(-1), t0, t1).flatten(0, 1).squeeze(-1))
             self.down, self.whole = self.falls[:, -1].unsqueeze(-1), self.up[:, -1:]
 
     def products(self, x: Tensor) -> Tensor:
