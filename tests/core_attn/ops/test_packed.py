@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,8 +32,8 @@ def problem(form: str, dtype: torch.dtype = torch.float64, initial: bool = True)
     return leaves + [torch.randn(len(LENGTHS), 2, 4, 3, dtype=dtype)] * initial
 
 
-def offsets(dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor([0, *LENGTHS]).cumsum(0).to(dtype)
+def offsets(dtype: torch.dtype = torch.int32, lengths: Sequence[int] = LENGTHS) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
 def attention(form: str) -> tuple[Callable[..., Any], str]:
@@ -47,10 +49,10 @@ def packed(form: str, leaves: list[Tensor], **options: Any) -> tuple[Tensor, Ten
     return out, state
 
 
-def alone(form: str, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
+def alone(form: str, leaves: list[Tensor], lengths: Sequence[int] = LENGTHS) -> tuple[Tensor, Tensor]:
     function, gate = attention(form)
     outs, states, start = [], [], 0
-    for n, length in enumerate(LENGTHS):
+    for n, length in enumerate(lengths):
         q, k, v = (x[:, :, start : start + length] for x in leaves[:3])
         g = leaves[3] if leaves[3].dim() == 1 else leaves[3][:, :, start : start + length]
         initial = leaves[4][n : n + 1] if len(leaves) > 4 else None
@@ -64,8 +66,10 @@ def alone(form: str, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
 def with_gradients(run: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor]) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in leaves]
     out, state = run(leaves)
-    probes = [torch.arange(x.numel(), dtype=x.dtype).cos().view(x.shape) for x in (out, state)]
-    return [out, state, *torch.autograd.grad([out, state], leaves, probes)]
+    # The same numbers in every dtype; and every leaf is used, also where there are no tokens.
+    probes = [torch.arange(x.numel()).double().cos().bfloat16().view(x.shape) for x in (out, state)]
+    loss = sum((x.double() * probe).sum() for x, probe in zip((out, state), probes))
+    return [out, state, *torch.autograd.grad(loss + sum(0.0 * x.double().sum() for x in leaves), leaves)]
 
 
 @pytest.mark.parametrize("initial", [True, False])
@@ -131,3 +135,32 @@ def test_triton_says_why_it_does_not_run(operator: Any, monkeypatch: pytest.Monk
     assert operator.choose(request(100, 64, device="cuda")).name == "triton"
     # A step of decoding is a few small products.
     assert operator.choose(request(1, 64, device="cuda")).name == "recurrent"
+
+
+def test_200_draws() -> None:
+    """Sequences of random lengths, some empty, gates of any strength, any dtype, on every path of the CPU."""
+    draw = random.Random(0)
+    for turn in range(200):
+        torch.manual_seed(turn)
+        form = draw.choice([*FORMS])
+        dtype = draw.choice([torch.float64, torch.float32, torch.bfloat16])
+        lengths = [draw.choice([0, 1, 2, 5, 17, 64, 67]) for _ in range(draw.randint(1, 4))]
+        heads, width, values, total = draw.choice([1, 3]), draw.choice([1, 4, 9]), draw.choice([1, 6]), sum(lengths)
+        q, k = (torch.randn(1, heads, total, width, dtype=torch.float64) for _ in range(2))
+        v = torch.randn(1, heads, total, values, dtype=torch.float64)
+        shape = {"gated": q.shape, "scalar": v.shape[:3], "fixed": (heads,)}[form]
+        strength = draw.choice([0.0, 0.01, 1.0, 30.0, 1000.0])
+        leaves = [q, k, v, -strength * torch.rand(shape, dtype=torch.float64)]
+        if draw.random() < 0.5:
+            leaves.append(torch.randn(len(lengths), heads, width, values, dtype=torch.float64))
+        leaves = [x.to(dtype) for x in leaves]
+        if draw.random() < 0.4:  # strides of a projection split into heads
+            leaves[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves[:3]]
+        expected = with_gradients(lambda x, f=form, n=lengths: alone(f, x, n), [x.double() for x in leaves])
+        limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+        for backend in ("torch", "recurrent", "reference", "auto"):
+            run = functools.partial(packed, form, cu_seqlens=offsets(lengths=lengths), backend=backend)
+            for a, b in zip(with_gradients(run, leaves), expected, strict=True):
+                assert a.isfinite().all(), (turn, form, backend, dtype)
+                error = (a.double() - b).abs().amax() / b.abs().amax().clamp(min=1.0) if b.numel() else torch.zeros(())
+                assert error < limit, (turn, form, backend, dtype, strength)

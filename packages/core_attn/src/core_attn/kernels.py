@@ -25,6 +25,8 @@ from core_attn.dispatch import Request
 # What a block of threads may ask of shared memory, in bytes, by compute capability (CUDA C++ programming guide, table
 # of technical specifications). Cards not named here get the block sizes of the smallest, 8.6 and 8.9.
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
+# Found out once, here: torch.compile can neither look for a package nor call a cached function without a warning.
+_INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -72,9 +74,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on")
 
 
-@functools.cache
 def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def why_not(request: Request) -> str | None:

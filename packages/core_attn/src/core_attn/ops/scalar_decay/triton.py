@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from core_attn import kernels
-from core_attn.ops.gated_linear.triton import Call, Table, new_states, pass_over, why_not
+from core_attn.ops.gated_linear.triton import (
+    Call,
+    Table,
+    leave_out_states,
+    new_states,
+    or_zeros,
+    pass_over,
+    why_not,
+)
 
 __all__ = ["examples", "pass_over", "run", "why_not"]
 
@@ -132,14 +140,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     q, k, v, g, initial, offsets, *ctx.options = inputs
     ctx.initial = initial is not None
     ctx.save_for_backward(q, k, v, g, offsets, output[2])
-    ctx.mark_non_differentiable(output[2])
+    leave_out_states(ctx, output[2])
 
 
-def _differentiate(ctx: Any, dout: Tensor, dfinal: Tensor, dstates: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, g, offsets, states = ctx.saved_tensors
+    upstream = or_zeros(dout, dfinal, v, states, offsets)
     of_decay = ctx.needs_input_grad[3]
     # The state before the first chunk is among the states.
-    dq, dk, dv, dg, dinitial = _backward_op(dout, dfinal, states, of_decay, q, k, v, g, None, offsets, *ctx.options)
+    dq, dk, dv, dg, dinitial = _backward_op(*upstream, states, of_decay, q, k, v, g, None, offsets, *ctx.options)
     return (
         *(dq, dk, dv, dg if of_decay else None, dinitial if ctx.initial else None, None),
         *(None for _ in ctx.options),
@@ -190,6 +199,9 @@ def examples(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
             initial = torch.empty(3, 4, channels, channels, device="meta") if packed else None
             name = f"{'packed' if packed else 'fixed'}{channels}"
             yield name, functools.partial(_both, q, v, g, (initial, offsets, 500 if packed else 1000, 0.1))
+    # Triton makes constants of numbers that are 1.
+    single = torch.empty(1, 1, 1, 1, dtype=dtype, device="meta")
+    yield "single", functools.partial(_both, single, single, single[..., 0], (None, None, 1, 1.0))
 
 
 def _both(q: Tensor, v: Tensor, g: Tensor, options: tuple[Any, ...]) -> None:
