@@ -64,16 +64,18 @@ def gated_linear_attention(
             the CPU; on other devices and in compiled graphs, where looking would make the program wait, they are not
             looked for, and give growing states.
         scale: factor of the outputs; 1/√D by default.
-        initial_state: (B, H, D, Dv) state before the first token; zeros by default.
+        initial_state: (B, H, D, Dv) state before the first token, of packed sequences (N, H, D, Dv); zeros by default.
         return_state: also return the state behind the last token.
-        cu_seqlens: (N + 1,) int32 or int64: the L tokens of the one batch entry are N sequences packed one after the
-            other, and this is 0, then where each of them ends. Each starts anew: states are (N, H, D, Dv). On a GPU the
-            host waits for it once a call.
+        cu_seqlens: (N + 1,) int32 or int64: the L tokens of the one batch entry (B = 1) are N sequences packed one
+            after the other, some perhaps empty, and this is 0, then where each of them ends. Each is computed as if it
+            were alone: it starts from its own state, and the states are (N, H, D, Dv). The host reads this tensor, so
+            it is best on the CPU: on a GPU every call waits for it. torch.compile breaks its graph at this point. In
+            Triton one launch serves all sequences; the other forms take one after the other.
         backend: "auto", "triton", "torch" (in chunks), "recurrent" (a loop over tokens, fast for few) or "reference".
 
     Returns:
         (B, H, L, Dv), dtype of q (under autocast, of autocast); with `return_state` a pair of that and the state
-        (B, H, D, Dv) in float32 (float64 for float64).
+        (B, H, D, Dv), of packed sequences (N, H, D, Dv), in float32 (float64 for float64).
 
     Raises:
         ValueError: shapes, dtypes or cu_seqlens that do not fit; a log-gate above 0.
@@ -96,9 +98,8 @@ def gated_linear_attention(
     sequences = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     state_shape = (sequences, k.shape[1], k.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != state_shape:
-        raise ValueError(
-            f"initial_state must have shape (B, H, D, Dv) = {state_shape}, got {tuple(initial_state.shape)}"
-        )
+        axes = "(B, H, D, Dv)" if cu_seqlens is None else "(N, H, D, Dv)"
+        raise ValueError(f"initial_state must have shape {axes} = {state_shape}, got {tuple(initial_state.shape)}")
     q, k, v = prepare_qkv(q, k, v)
     scale = default_scale(q, scale)
     out, state = OPERATOR(
