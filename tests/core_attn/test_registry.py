@@ -97,7 +97,7 @@ def test_mistyped_names(wrong, right):
 
 
 def test_nothing_near():
-    with pytest.raises(UnknownNameError, match="there are: auto_correlation, "):
+    with pytest.raises(UnknownNameError, match="there are: agent, auto_correlation, "):
         registry.get("zzzz")
     assert nearest("zzzz", ["softmax"]) == []
 
