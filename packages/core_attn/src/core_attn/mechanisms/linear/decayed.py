@@ -76,9 +76,10 @@ class DecayedMixer(TokenMixer):
             k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
         out = self._read(q, k, v, decay)
         if not self.causal:
-            back = self._read(q.flip(2), k.flip(2), v.flip(2), decay if decay.dim() == 1 else decay.flip(2))
-            # Both directions read the token itself.
-            out = out + back.flip(2) - self.scale * (q * k).sum(-1, keepdim=True) * v
+            # From the last token to the first, each reading what is behind it: the token itself is read once.
+            back = self._read(q.flip(2), _behind(k), _behind(v), decay if decay.dim() == 1 else _behind(decay))
+            own = decay.exp().unsqueeze(-1)
+            out = out + ((own if decay.dim() == 3 else own.unsqueeze(-1)) * back.flip(2)).to(out.dtype)
         return self.finish(out, x)
 
     def _log_decay(self, x: Tensor) -> Tensor:
@@ -117,6 +118,12 @@ class DecayedMixer(TokenMixer):
         q, k, v = self.heads_of(x, state.seen + torch.arange(x.shape[1], device=x.device))
         out, memory = scalar_decay_step(q, k, v, log_decay=self._log_decay(x), state=state.memory, scale=self.scale)
         return self.finish(out, x), DecayedState(memory, state.seen + x.shape[1])
+
+
+def _behind(x: Tensor) -> Tensor:
+    """(B, H, L, …) in reverse order, each token in the place of the one before it; zeros in the place of the last."""
+    shifted = x[:, :, 1:].flip(2)
+    return torch.cat([torch.zeros_like(x[:, :, :1]), shifted], dim=2)
 
 
 SYMBOLS = {

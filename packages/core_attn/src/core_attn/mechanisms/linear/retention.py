@@ -77,7 +77,7 @@ class Retention(DecayedMixer):
         causal: bool = True,
         expand_v: int = 2,
         norm: str = "layer",
-        eps: float = 1e-5,
+        eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
         decays = [math.log1p(-(2.0 ** (-5 - h))) for h in range(max(1, heads))]

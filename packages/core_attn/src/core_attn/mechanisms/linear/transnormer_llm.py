@@ -60,7 +60,7 @@ class TransNormerLLM(DecayedMixer):
         heads: number of heads H; must divide dim.
         layer, layers: which layer of how many this is: later ones forget less, the first has LRPE.
         lrpe: whether queries and keys are turned by position; None for the first layer only.
-        decay: "paper", or "alibi": exp(-2^(-8h / H) · factor), as in the published models.
+        decay: "paper", or "alibi": exp(-2^(-8h / H) · (1 - l / N + 1e-5)), as in the published models.
         eps: added to the mean square in the norm.
         backend: see `core_attn.ops.scalar_decay_attention`.
 
@@ -85,8 +85,9 @@ class TransNormerLLM(DecayedMixer):
         if decay not in DECAYS:
             raise unknown("decay", decay, DECAYS)
         count = max(1, heads)
-        slopes = alibi_slopes(count) if decay == "alibi" else [8 * (h + 1) / count for h in range(count)]
-        factor = layer_factor(layer, layers)
+        slopes, factor = [8 * (h + 1) / count for h in range(count)], layer_factor(layer, layers)
+        if decay == "alibi":
+            slopes, factor = alibi_slopes(count), factor + 1e-5
         super().__init__(
             dim, heads=heads, causal=causal, log_decays=[-s * factor for s in slopes], scale=1.0, backend=backend
         )
@@ -98,8 +99,8 @@ class TransNormerLLM(DecayedMixer):
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.theta: nn.Parameter | None = None
         if layer == 0 if lrpe is None else lrpe:
-            rates = 10000 ** (-2 * torch.arange(self.head_dim) / self.head_dim)
-            self.theta = nn.Parameter(rates.repeat(heads, 1))
+            # From 1 down to 10000^-2 over the channels of all heads together.
+            self.theta = nn.Parameter((10000 ** (-2 / dim * torch.arange(dim))).view(heads, self.head_dim))
             # cos and sin of every channel stand beside each other.
             self.key_dim = 2 * self.head_dim
 
