@@ -252,7 +252,20 @@ def main() -> None:
 
 INTRODUCTION = """# Softmax attention made linear by distillation
 
-`{command}`. What the columns are is said at the head of that file; mean and standard deviation over the seeds.
+`{command}`
+
+A transformer of two layers learns a task with softmax attention. `core_attn.distillation.convert` puts Hedgehog in its
+place with feature maps that are the identity; `distill` then trains these maps, and nothing else, to give the weights
+of the softmax layers. "Then trained" is all parameters on the task, for as many steps. All figures are of sequences
+that no step has seen: mean and standard deviation over the seeds, least time of the processor for the steps of that
+row.
+
+- recall: pairs of a key and a value, then the keys in another order; how often the value of a key is named. Chance is
+  0.06 for a model that knows which tokens are values.
+- text: the next character of Python's standard library, of modules that were not trained on.
+- KL: how far the attention weights are from those of the softmax model, nats a query, mean over the layers.
+
+One thread.
 """
 
 if __name__ == "__main__":
