@@ -285,6 +285,28 @@ OPERATORS = {
         },
     ),
     "flow_attention": ({**common(), "causal": True}, {**SHAPES, **BACKEND}),
+    "rat_attention": (
+        {**common(dv=4), "log_gate": -torch.rand(2, 2, 7, 4)},
+        {
+            "q": SHAPES["q"],
+            "k": SHAPES["k"],
+            "v": SHAPES["v"],
+            **BACKEND,
+            "log_gate": [(-torch.rand(2, 2, 7), "(2, 2, 7)"), (torch.full((2, 2, 7, 4), 0.1), "at most 0")],
+            "chunk_size": [(0, "chunk_size")],
+            "initial_state": [(tokens(2, 2, 4), "RatState")],
+        },
+    ),
+    "fft_conv": (
+        {"x": tokens(2, 4, 7), "kernel": tokens(4, 7)},
+        {
+            "x": [(tokens(2, 7), "(2, 7)"), (tokens(2, 3, 7), "(2, 3, 7)")],
+            "kernel": [(tokens(3, 7), "(3, 7)"), (tokens(4, 0), "(4, 0)")],
+            "skip": [(tokens(3), "(3,)")],
+            "reverse_kernel": [(tokens(4, 6), "(4, 6)")],
+            **BACKEND,
+        },
+    ),
 }
 WRONG = [
     pytest.param(name, argument, value, says, id=f"{name}-{argument}-{i}")

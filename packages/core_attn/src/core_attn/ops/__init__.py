@@ -25,6 +25,8 @@ _PUBLIC = {
     "landmark_attention": "core_attn.ops.landmark",
     "neighborhood_attention": "core_attn.ops.neighborhood",
     "prob_sparse_attention": "core_attn.ops.prob_sparse",
+    "rat_attention": "core_attn.ops.rat",
+    "rat_step": "core_attn.ops.rat",
     "relative_attention": "core_attn.ops.relative",
     "scalar_decay_attention": "core_attn.ops.scalar_decay",
     "scalar_decay_step": "core_attn.ops.scalar_decay",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,7 @@ class ImplicitFilter(nn.Module):
             if self.offsets is not None:
                 h = h + self.offsets[:length].to(dtype)
             freq = self.freq.to(dtype)
+            layer: Any
             for layer in self.layers:
                 h = torch.sin(freq * F.linear(h, layer.weight.to(dtype), layer.bias.to(dtype)))
             slow, fast = -math.log(_TARGET) / _SLOW, -math.log(_TARGET) / _FAST
