@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from core_attn.kernels import DTYPES, Config
+from core_attn.kernels import DTYPES, Config, Launch
 from core_attn.ops.softmax import triton
 from core_attn.testing.kernels import compile_kernel, launches
 
@@ -35,15 +36,25 @@ EXAMPLES = {
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kernel_compiles(dtype: torch.dtype, capability: int) -> None:
+def test_every_kernel_compiles(
+    dtype: torch.dtype, capability: int, one_config_each: Callable[..., list[tuple[str, Launch]]]
+) -> None:
     met = set()
-    for name, launch in launches(triton, dtype, capability):
-        if not name.startswith(EXAMPLES[dtype, capability]):
-            continue
+    for name, launch in one_config_each(triton, dtype, capability, EXAMPLES[dtype, capability]):
         compiled = compile_kernel(launch, capability)
         assert compiled.stack is None or compiled.stack <= STACK[dtype], (name, compiled)
         met.add(launch.function.__name__)
     assert met == KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_size_compiles(dtype: torch.dtype, capability: int) -> None:
+    for name, launch in launches(triton, dtype, capability):
+        compiled = compile_kernel(launch, capability)
+        assert compiled.stack is None or compiled.stack <= STACK[dtype], (name, compiled)
 
 
 def test_small_cards_have_their_own_block_sizes() -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # What half precision could break beyond the arithmetic, which does not depend on lengths and windows.
-HALF = {"plain-prime", "grouped", "head-80-values-8", "window-both-sides", "several"}
+HALF = {"plain-prime", "grouped", "head-80-values-8", "window-both-sides", "several", "padding", "bias"}
 # Tiles are 16 x 16 in the interpreter, larger on a card: there the same cases come with longer sequences too.
 LONGER = 1 if interpreted() else 9
 
@@ -114,8 +114,7 @@ def test_equals_the_definition(device: str, case: str, dtype: torch.dtype) -> No
         assert found[0].dtype is dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("which", ["padding", "mask", "bias", "bias-row", "bias-padding-mask"])
+@pytest.mark.parametrize(("which", "dtype"), worth(["padding", "mask", "bias", "bias-row", "bias-padding-mask"]))
 def test_masks_and_bias(device: str, which: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     batch, heads, queries, keys = 2, 2, 37, 45
@@ -140,7 +139,9 @@ def test_masks_and_bias(device: str, which: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_is_no_worse_than_twice_sdpa(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    q, k, v = inputs(device, 96 * LONGER, 96 * LONGER, heads=4, key_heads=4, channels=64, values=64, dtype=dtype)
+    heads = 1 if interpreted() else 4
+    length = 96 * LONGER
+    q, k, v = inputs(device, length, length, heads=heads, key_heads=heads, channels=64, values=64, dtype=dtype)
     probe = torch.randn(q.shape, dtype=torch.float64).to(dtype).double()
     mine = outcome(softmax_attention, (q, k, v), probe, causal=True, backend="triton")
     sdpa = outcome(F.scaled_dot_product_attention, (q, k, v), probe, is_causal=True)
@@ -179,7 +180,7 @@ def test_large_scores_do_not_overflow(device: str) -> None:
 def test_strides(device: str) -> None:
     """Heads inside of positions, a slice of a larger tensor, channels that do not lie side by side."""
     torch.manual_seed(5)
-    packed = torch.randn(2, 37, 3, 4, 16, device=device)  # (B, L, q|k|v, H, D)
+    packed = torch.randn(2, 20, 3, 2, 16, device=device)  # (B, L, q|k|v, H, D)
     leaves = tuple(x.transpose(1, 2).requires_grad_() for x in packed.unbind(2))
     expected = exact(leaves, causal=True)
     assert max(errors(outcome(softmax_attention, leaves, causal=True, backend="triton"), expected)) < 1e-5
@@ -200,8 +201,8 @@ LENGTHS = {
 def test_packed_sequences(device: str, which: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     offsets_q, offsets_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in LENGTHS[which])
-    q = torch.randn(int(offsets_q[-1]), 4, 16).to(dtype).to(device).requires_grad_()
-    k, v = (torch.randn(int(offsets_k[-1]), 2, n).to(dtype).to(device).requires_grad_() for n in (16, 24))
+    q = torch.randn(int(offsets_q[-1]), 2, 16).to(dtype).to(device).requires_grad_()
+    k, v = (torch.randn(int(offsets_k[-1]), 1, n).to(dtype).to(device).requires_grad_() for n in (16, 24))
     offsets = {"offsets_q": offsets_q.to(device), "offsets_k": offsets_k.to(device)}
     found = outcome(softmax_attention_varlen, (q, k, v), backend="triton", **offsets, **options)
     probe = torch.sin(torch.arange(found[0].numel(), dtype=torch.float64)).view(found[0].shape)
