@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +21,7 @@ from core_attn.ops import delta_rule, titans_memory, titans_step
 from core_attn.ops.titans import OPERATOR, TitansState, chunked
 from core_attn.testing import growth
 
+GOLDEN = Path(__file__).parents[2] / "golden"
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -255,6 +259,54 @@ def test_agrees_with_flash_linear_attention(
             out = out.transpose(1, 2) / 2
             assert error(mine[0], out) < limit
             assert error(mine[1], final) < limit
+
+
+@pytest.mark.parametrize("backend", ["torch", "recurrent", "reference"])
+@pytest.mark.parametrize("case", ["chunk_1", "chunk_4", "chunk_7"])
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+def test_agrees_with_the_neural_memory_of_titans_pytorch(dtype: torch.dtype, case: str, backend: str) -> None:
+    """Of depth 1: the same memory by autograd of the loss and associative scans; the .json says how it was run."""
+    golden = {
+        name.removeprefix(case + "."): x.to(dtype)
+        for name, x in load_file(GOLDEN / "core_titans.safetensors").items()
+        if name.startswith(case + ".")
+    }
+    chunk = json.loads((GOLDEN / "core_titans.json").read_text())["cases"][case]["chunk"]
+    weights = {
+        name.removeprefix("weight."): x.requires_grad_() for name, x in golden.items() if name.startswith("weight.")
+    }
+    x = golden["x"].requires_grad_()
+    batch, width = x.shape[0], x.shape[2]
+
+    def linear(name: str) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")).unsqueeze(1)
+
+    memory = weights["memory"].expand(batch, 1, width, width)
+    out, state = titans_memory(
+        linear("q"),
+        linear("k"),
+        linear("v"),
+        rate=torch.sigmoid(linear("rate")).squeeze(-1) / width,
+        log_momentum=F.logsigmoid(linear("momentum")).squeeze(-1),
+        log_decay=F.logsigmoid(-linear("decay")).squeeze(-1),
+        chunk=chunk,
+        scale=1.0,
+        initial_state=TitansState(memory, torch.zeros_like(memory)),
+        return_state=True,
+        backend=backend,
+    )
+    out = out.squeeze(1)
+    gradients = torch.autograd.grad(
+        (out * torch.arange(out.numel(), dtype=dtype).cos().view(out.shape)).sum(), [x, *weights.values()]
+    )
+    pairs = [
+        (out, golden["output"]),
+        (state.memory.view(batch, width, width), golden["memory.end"]),
+        (state.surprise.view(batch, width, width), golden["surprise.end"].view(batch, width, width)),
+    ]
+    pairs += zip(gradients, [golden["grad.x"], *(golden[f"grad.weight.{name}"] for name in weights)], strict=True)
+    for a, b in pairs:
+        assert error(a, b) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])

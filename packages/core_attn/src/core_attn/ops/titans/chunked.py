@@ -96,11 +96,13 @@ def _products(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(y: Tensor, start: Tensor) -> Tensor:
-    """Gradients of the logarithms (N, C), from those of the products' own (N, C, C) and (N, C) of `_products`."""
-    y = y.tril(-1)
-    through = y.sum(2).sub_(y.sum(1)).add_(start)
-    sums = through.cumsum(1)
-    return through.sub_(sums).add_(sums[:, -1:])
+    """Gradients of the logarithms (N, C), from those of the products' own (N, C, C) and (N, C) of `_products`.
+
+    The products that hold a logarithm are summed up one by one: sums of all less those without it would lose digits.
+    """
+    found = start.flip(1).cumsum(1).flip(1)
+    found[:, 1:] += y.tril_(-1).cumsum(2).tril_(-1).sum(1)[:, :-1]
+    return found
 
 
 class _Piece:
