@@ -51,11 +51,15 @@ def test_the_core_needs_torch_alone() -> None:
         assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
 
 
+# Distributions whose import has another name.
+IMPORTED_AS = {"pyyaml": "yaml", "scikit_learn": "sklearn", "imbalanced_learn": "imblearn"}
+
+
 @pytest.mark.parametrize("name", sorted(PACKAGES))
 def test_every_import_is_declared(name: str) -> None:
     project = tomllib.loads((PACKAGES[name].parent.parent / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=~! ]", item)[0].lower().replace("-", "_") for item in project["dependencies"]}
-    declared |= {"yaml"} if "pyyaml" in declared else set()
+    declared |= {IMPORTED_AS[name] for name in declared & set(IMPORTED_AS)}
     optional = {"triton", "flash_attn", "resource"}
     for path in PACKAGES[name].rglob("*.py"):
         used = imported_packages(path) - set(sys.stdlib_module_names) - {name} - optional

@@ -1,0 +1,1 @@
+"""Recordings, preprocessing, splits: from files to windows."""
