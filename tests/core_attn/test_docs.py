@@ -88,7 +88,7 @@ def test_every_fact_and_check_is_on_the_page():
 def test_the_readme_runs(capsys):
     text = (PAGE.parents[1] / "packages" / "core_attn" / "README.md").read_text(encoding="utf-8")
     code = [body for kind, _, body in BLOCK.findall(text) if kind == "python"]
-    assert len(code) == 6
+    assert len(code) == 11
     exec(compile("\n".join(code), "README.md", "exec"), {})
     assert "3 passed, 0 failed" in capsys.readouterr().out
     for command in re.findall(r"^    core-attn (\w+)", text, re.MULTILINE):
