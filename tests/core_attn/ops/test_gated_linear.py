@@ -292,13 +292,15 @@ def test_a_call_in_the_middle_of_another_has_memory_of_its_own() -> None:
         assert new is not outer
 
 
-def test_memory_kept_between_calls_is_a_few_megabytes() -> None:
-    for kind in ("usual", "strong"):
+def test_memory_kept_between_calls_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes: about 4 MB, for strong gates three times as much."""
+    monkeypatch.setattr(chunked, "_thread", threading.local())
+    for kind, limit in {"usual": 5e6, "strong": 13e6}.items():
         for length in (64, 5000):
             for width in (8, 64, 256):
                 with_gradients(cast(inputs(length, kind, batch=1, width=width, values=width), torch.float32))
-    with chunked._room(torch.empty(1), torch.float32) as room:
-        assert 0 < sum(x.untyped_storage().nbytes() for x in room.held.values()) < 12e6
+        with chunked._room(torch.empty(1), torch.float32) as room:
+            assert 0 < sum(x.untyped_storage().nbytes() for x in room.held.values()) < limit
 
 
 @pytest.mark.parametrize("kind", ["usual", "strong"])

@@ -6,10 +6,11 @@ b_j)) and the state S before the chunk with q_i e^(b_i).
 
 The product of q e^(b - r) and k e^(r - b) gives all pairs of a chunk in one matrix product, but its factors leave the
 range of floats where gates are strong. So it is used only over spans in which b falls by no more than a bound, with r
-in the middle. A chunk in which it falls further is put together from halves: with u the sum of the gates of a block's
-second half up to a token, and w that of the first half behind a token, the weights between the halves are products of
-q e^u and k e^w, and no exponent is ever positive. The sums are made level by level and stay as exact as the gates.
-What is needed is seen from the gates of each piece of the sequence.
+in the middle. A chunk in which it falls further is put together from blocks in which it does not, and from pairs of
+halves of larger blocks: with u the product of the gates of the second half up to a token, and w that of the first half
+behind a token, the weights between the halves are products of q u and k w, and no factor is ever above 1. The products
+are made level by level and stay as exact as the gates. What is needed is seen from the gates of each piece of the
+sequence.
 
 Backward recomputes the weights and needs no gradient of the exponentials: d log_gate follows from q·dq - k·dk inside
 the chunk and from state · dstate at its end.
@@ -38,8 +39,13 @@ from core_attn.ops.gated_linear.reference import state_dtype
 CHUNK = 64
 # How far b may fall over a span computed with e^(r - b): its factors then stay within e^40, in float64 within e^300.
 _BOUND = {torch.float32: 80.0, torch.float64: 600.0}
-# A log-gate below this is a gate of 0, in float64 too; it keeps minus infinity out of differences.
-_CLOSED = -1e4
+# The same for a block of a few tokens, whose gates are multiplied, with no running sums to lose digits.
+_BOUND_OF_BLOCK = {torch.float32: 96.0, torch.float64: 600.0}
+# A product of gates below e^this is nothing beside 1. Two that are above it have a product that is a normal number:
+# others are slow.
+_LEAST = {torch.float32: -43.0, torch.float64: -346.0}
+# Products of blocks smaller than this are made as if they were as large: so many small ones are slow.
+_TILE = 16
 # Elements of one tensor of a piece: the dozen of them that are alive fit the cache of a core.
 _PIECE = {"cpu": 2**17}
 _PIECE_ELSEWHERE = 2**24
@@ -112,7 +118,7 @@ _thread = threading.local()
 
 @contextmanager
 def _room(x: Tensor, dtype: torch.dtype) -> Iterator[_Room]:
-    """On the CPU a thread keeps its room, a few MB, from call to call: to take memory anew costs a tenth of the time.
+    """On the CPU a thread keeps its room, some MB, from call to call: to take memory anew costs a tenth of the time.
 
     While in use it is nobody else's, not even a call's that comes in between, from a hook or a finaliser.
     """
@@ -163,17 +169,17 @@ class _Weights:
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, ones: Tensor, room: _Room) -> None:
         self.q, self.k, self.room = q, k, room
-        b = torch.bmm(ones.expand(len(q), -1, -1), g, out=room("up", *q.shape))
-        last = b[:, -1:]
-        deepest = -float(last.amin())
+        deepest = -float(g.sum(1).amin())
         bound = _BOUND[q.dtype]
         self.into: Tensor | None = None
         self.outof: Tensor | None = None
         # Not "greater", so that a sum that is no number counts as strong.
         self.strong = not deepest <= bound
         if self.strong:
-            self._halves(g.clamp(min=_CLOSED), bound)
+            self._halves(g)
             return
+        b = torch.bmm(ones.expand(len(q), -1, -1), g, out=room("up", *q.shape))
+        last = b[:, -1:]
         self.fall = last.transpose(1, 2).exp()
         if deepest > bound / 2:
             middle = last / 2
@@ -186,52 +192,79 @@ class _Weights:
         self.read = torch.mul(q, self.up, out=room("read", *q.shape))
         self.kept = torch.div(k, self.up, out=room("kept", *q.shape))
 
-    def _halves(self, g: Tensor, bound: float) -> None:
-        """Factors of the halves of every size, from the gates themselves."""
-        count, chunk, width = g.shape
+    def _halves(self, g: Tensor) -> None:
+        """Factors of the blocks and of the halves of every size, from the gates themselves."""
+        chunk = g.shape[1]
         size = 2 ** max(0, chunk - 1).bit_length()
         if size != chunk:  # halves of halves need a power of two; tokens of zeros change nothing
             self.q, self.k, g = (F.pad(x, (0, 0, 0, size - chunk)) for x in (self.q, self.k, g))
-        self.chunk = chunk
-        self.shape = (count, size, width)
-        half = _block(g, bound)
-        blocks = g.unflatten(1, (-1, half)).cumsum(2)
-        # Between tokens of a block, the gate of its first plays no part.
-        self.inner = (blocks - (blocks[:, :, :1] + blocks[:, :, -1:]) / 2).exp_()
-        behind = blocks[:, :, -1:] - blocks
-        ahead = blocks.view(self.shape)
-        self.block = half
-        self.levels: list[tuple[int, Tensor, Tensor]] = []
+        room, least, self.chunk, self.shape = self.room, _LEAST[g.dtype], chunk, g.shape
+        self.block = self._largest_block(g)
+        # Exponentials of numbers far below the least are slow.
+        roots = torch.mul(g, 0.5, out=room("root", *g.shape)).clamp_(min=1.4 * least).exp_()
+        self.up, self.down = room("up", *g.shape).copy_(roots), room("down", *g.shape).fill_(1.0)
+        torch.threshold_(self.up, math.exp(least / 2), 0.0)
+        self.up *= self.up
+        self._of_blocks(roots)
+        self.levels: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+        half = 1
         while half < size:
-            pairs = (count, size // (2 * half), 2, half, width)
-            u, w = ahead.view(pairs), behind.view(pairs)
-            self.levels.append((half, _power(u[:, :, 1]), _power(w[:, :, 0])))
-            w[:, :, 0] += u[:, :, 1, -1:]
-            u[:, :, 1] += u[:, :, 0, -1:]
+            if half >= self.block:
+                u, w = self._pairs(self.up, half)[:, :, 1], self._pairs(self.down, half)[:, :, 0]
+                q, k = self._pairs(self.q, half)[:, :, 1], self._pairs(self.k, half)[:, :, 0]
+                u, w = (room(f"{name}{half}", *x.shape).copy_(x) for name, x in (("u", u), ("w", w)))
+                read, kept = room(f"read{half}", *u.shape), room(f"kept{half}", *u.shape)
+                self.levels.append((half, u, w, torch.mul(q, u, out=read), torch.mul(k, w, out=kept)))
+            for part in self._join(self.up, self.down, half):
+                torch.threshold_(part, math.exp(least), 0.0)
             half *= 2
-        self.up, self.down = _power(ahead)[:, :chunk], _power(behind.view(self.shape))[:, :chunk]
         self.fall = self.up[:, -1:].transpose(1, 2)
-        self.read, self.kept = self.q[:, :chunk] * self.up, self.k[:, :chunk] * self.down
+        self.read = torch.mul(self.q, self.up, out=room("read", *g.shape))[:, :chunk]
+        self.kept = torch.mul(self.k, self.down, out=room("kept", *g.shape))[:, :chunk]
 
-    def _parts(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """First and second halves of the blocks of 2 · size tokens: (R, C / 2 size, size, K) each."""
-        pairs = x.unflatten(1, (-1, 2, size))
-        return pairs[:, :, 0], pairs[:, :, 1]
+    def _largest_block(self, g: Tensor) -> int:
+        """The most tokens, a power of two, whose gates, that of the first aside, fall together by at most the bound."""
+        (count, size, width), room, block = g.shape, self.room, 1
+        whole = others = g
+        while block < size:
+            # For blocks of twice the size: the gates but the first, and all.
+            first, second = whole.unflatten(1, (-1, 2)).unbind(2)
+            some = room(f"read{block}", *second.shape)
+            others = some.copy_(second) if block == 1 else torch.add(others[:, ::2], second, out=some)
+            if not -float(others.amin()) <= _BOUND_OF_BLOCK[g.dtype]:
+                break
+            block *= 2
+            whole = torch.add(first, second, out=room(f"kept{block}", count, size // block, width))
+        return block
 
-    def _spans(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, bool, int]]:
-        """(queries, keys, their factors, whether on the diagonal, size) for all blocks and all pairs of halves."""
-        up = self.inner
-        down = up.reciprocal()
-        yield (
-            self.q.unflatten(1, up.shape[1:3]) * up,
-            self.k.unflatten(1, up.shape[1:3]) * down,
-            up,
-            down,
-            True,
-            self.block,
-        )
-        for size, u, w in self.levels:
-            yield self._parts(self.q, size)[1] * u, self._parts(self.k, size)[0] * w, u, w, False, size
+    def _of_blocks(self, roots: Tensor) -> None:
+        """Factors of a block's tokens about its middle, in which the gate of its first plays no part."""
+        room = self.room
+        if self.block == 1:
+            self.inner = None
+            return
+        roots.unflatten(1, (-1, self.block))[:, :, 0] = 1.0
+        behind, half = room("behind", *roots.shape).fill_(1.0), 1
+        while half < self.block:
+            self._join(roots, behind, half)
+            half *= 2
+        up = torch.div(roots, behind, out=room("inner_up", *roots.shape))
+        down = torch.div(behind, roots, out=behind)
+        read, kept = room("inner_read", *roots.shape), room("inner_kept", *roots.shape)
+        self.inner = (up, down, torch.mul(self.q, up, out=read), torch.mul(self.k, down, out=kept))
+
+    @staticmethod
+    def _pairs(x: Tensor, half: int) -> Tensor:
+        """(R, C, ·) -> (R, C / 2 half, 2, half, ·), a view."""
+        return x.unflatten(1, (-1, 2, half))
+
+    def _join(self, up: Tensor, down: Tensor, half: int) -> tuple[Tensor, Tensor]:
+        """Products of a block up to a token and behind it, in place, from those of its halves; what was changed."""
+        ups, downs = self._pairs(up, half), self._pairs(down, half)
+        first, second = downs[:, :, 0], ups[:, :, 1]
+        first *= second[:, :, -1:]
+        second *= ups[:, :, 0, -1:]
+        return first, second
 
     def inside(self) -> Tensor:
         """(R, C, C) what token i of a chunk reads from its token j <= i."""
@@ -239,11 +272,24 @@ class _Weights:
             count, chunk, _ = self.q.shape
             return torch.bmm(self.read, self.kept.transpose(1, 2), out=self.room("inside", count, chunk, chunk)).tril_()
         count, size, _ = self.shape
-        a = self.read.new_zeros(count, size, size)
-        for qs, ks, _, _, diagonal, part in self._spans():
-            weights = qs @ ks.transpose(-1, -2)
-            _window(a, part, diagonal=diagonal).copy_(weights.tril_() if diagonal else weights)
+        a = self.room("inside", count, size, size).zero_()
+        if self.inner is None:
+            a.diagonal(0, 1, 2).copy_(torch.mul(self.q, self.k, out=self.room("behind", *self.shape)).sum(-1))
+        else:
+            tiles = self._tiles("tiles")
+            torch.bmm(self._tiled(self.inner[2]), self._tiled(self.inner[3]).transpose(1, 2), out=tiles)
+            _blocks(a, size, tiles.shape[1], self.block).copy_(_blocks(tiles, size, tiles.shape[1], self.block).tril())
+        for half, _, _, q, k in self.levels:
+            _quarters(a, half).copy_(q @ k.mT if half > 1 else (q * k).sum(-1, keepdim=True))
         return a[:, : self.chunk, : self.chunk]
+
+    def _tiles(self, name: str) -> Tensor:
+        count, size, _ = self.shape
+        tile = min(size, max(_TILE, self.block))
+        return self.room(name, count * size // tile, tile, tile)
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        return x.view(-1, min(x.shape[1], max(_TILE, self.block)), x.shape[2])
 
     def gradients(self, da: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
         """Turn gradients of `read` and `kept` by the states into those of q and k, and return q · dq - k · dk.
@@ -260,49 +306,59 @@ class _Weights:
             dq *= self.up
             dk /= self.up
             return db
-        _, size, _ = self.shape
+        size = self.shape[1]
         if size != self.chunk:
-            da = F.pad(da, (0, size - self.chunk, 0, size - self.chunk))
-        whole_q, whole_k = (da.new_zeros(self.shape) for _ in range(2))
-        for qs, ks, u, w, diagonal, part in self._spans():
-            some = _window(da, part, diagonal=diagonal)
-            some = some.tril() if diagonal else some.contiguous()
-            if diagonal:
-                to_q, to_k = whole_q.view_as(u), whole_k.view_as(w)
-            else:
-                to_q, to_k = self._parts(whole_q, part)[1], self._parts(whole_k, part)[0]
-            to_q.addcmul_(some @ ks, u)
-            to_k.addcmul_(some.transpose(-1, -2) @ qs, w)
-        dq.mul_(self.up).add_(whole_q[:, : self.chunk])
-        dk.mul_(self.down).add_(whole_k[:, : self.chunk])
-        return (dq * self.q[:, : self.chunk]).addcmul_(dk, self.k[:, : self.chunk], value=-1.0)
+            more = size - self.chunk
+            da, whole_q, whole_k = F.pad(da, (0, more, 0, more)), F.pad(dq, (0, 0, 0, more)), F.pad(dk, (0, 0, 0, more))
+        else:
+            whole_q, whole_k = dq, dk
+        whole_q *= self.up
+        whole_k *= self.down
+        if self.inner is None:
+            some = da.diagonal(0, 1, 2).unsqueeze(-1)
+            whole_q.addcmul_(some, self.k)
+            whole_k.addcmul_(some, self.q)
+        else:
+            up, down, q, k = self.inner
+            tiles, product = self._tiles("tiles").zero_(), self.room("root", *self.shape)
+            _blocks(tiles, size, tiles.shape[1], self.block).copy_(_blocks(da, size, tiles.shape[1], self.block).tril())
+            torch.bmm(tiles, self._tiled(k), out=self._tiled(product))
+            whole_q.addcmul_(product, up)
+            torch.bmm(tiles.transpose(1, 2), self._tiled(q), out=self._tiled(product))
+            whole_k.addcmul_(product, down)
+        for half, u, w, q, k in self.levels:
+            some, product = _quarters(da, half), self.room("root", *u.shape)
+            self._pairs(whole_q, half)[:, :, 1].addcmul_(_product(some, k, product), u)
+            self._pairs(whole_k, half)[:, :, 0].addcmul_(_product(some.mT, q, product), w)
+        db = torch.mul(whole_q, self.q, out=self.room("root", *self.shape)).addcmul_(whole_k, self.k, value=-1.0)
+        if size == self.chunk:
+            return db
+        dq.copy_(whole_q[:, : self.chunk])
+        dk.copy_(whole_k[:, : self.chunk])
+        return db[:, : self.chunk]
 
 
-def _power(x: Tensor) -> Tensor:
-    """e^x for x <= 0, with zero for what is nothing beside 1: numbers too small for a normal float are slow."""
-    least = -346.0 if x.dtype is torch.float64 else -44.0
-    # The exponential itself is fifty times slower where its results are so small.
-    return F.threshold(x.clamp(min=least).exp_(), math.exp(least), 0.0)
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b; very small matrices are slow as such."""
+    if a.shape[-1] >= 4:
+        return torch.matmul(a, b, out=out)
+    return torch.sum(a.unsqueeze(-1) * b.unsqueeze(-3), -2, out=out)
 
 
-def _block(g: Tensor, bound: float) -> int:
-    """The largest power of two of tokens over which, the gate of the first aside, b falls by no more than the bound."""
-    sums = g.cumsum(1)
-    size = g.shape[1]
-    while size > 1:
-        blocks = sums.unflatten(1, (-1, size))
-        if float((blocks[:, :, 0] - blocks[:, :, -1]).amax()) <= bound:
-            break
-        size //= 2
-    return size
+def _blocks(a: Tensor, size: int, tile: int, block: int) -> Tensor:
+    """View of the blocks on the diagonals of (R, size, size), or of those of its tiles (R size / tile, tile, tile)."""
+    count = a.shape[0] * a.shape[1] // size
+    side, down, right = a.shape[1], a.stride(1), a.stride(2)
+    between = a.stride(0) if side == tile else tile * (down + right)
+    steps = (a.stride(0) * (size // side), between, block * (down + right), down, right)
+    return a.as_strided((count, size // tile, tile // block, block, block), steps, a.storage_offset())
 
 
-def _window(a: Tensor, size: int, *, diagonal: bool) -> Tensor:
-    """View of the blocks on the diagonal of (R, C, C), or of the lower left quarters of those twice the size."""
+def _quarters(a: Tensor, half: int) -> Tensor:
+    """View of the lower left quarters of the blocks of 2 · half on the diagonal of (R, C, C)."""
     (r, c, _), (s, down, right) = a.shape, a.stride()
-    step = size if diagonal else 2 * size
-    start = a.storage_offset() + (0 if diagonal else size * down)
-    return a.as_strided((r, c // step, size, size), (s, step * (down + right), down, right), start)
+    steps = (s, 2 * half * (down + right), down, right)
+    return a.as_strided((r, c // (2 * half), half, half), steps, a.storage_offset() + half * down)
 
 
 def _forward(
