@@ -6,6 +6,7 @@ and each band of each electrode becomes one number, the differential entropy of 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def band_differential_entropy(
     variance = np.empty((len(rows), len(bands)))
     # Second-order sections: the one-piece transfer function of the official code loses digits in narrow, low bands
     # (2e-7 in the features for 4-8 Hz, 1e-3 for 0.5-4 Hz).
-    filters = [signal.butter(order, [b.low, b.high], btype="band", fs=sfreq, output="sos") for b in bands]
+    filters = [_band_filter(order, band.low, band.high, sfreq) for band in bands]
     step = max(1, _ROWS // max(1, length))
     for first, (f, sos) in itertools.product(range(0, len(rows), step), enumerate(filters)):
         piece = rows[first : first + step].astype(np.float64, copy=False)
@@ -125,6 +126,12 @@ def band_differential_entropy(
     if base != 2.0:
         entropy *= math.log(2) / math.log(base)
     return entropy.reshape(*lead, len(bands))
+
+
+@functools.lru_cache(maxsize=256)
+def _band_filter(order: int, low: float, high: float, sfreq: float) -> np.ndarray:
+    """Second-order sections; designing them anew for each recording would take longer than filtering it."""
+    return np.asarray(signal.butter(order, [low, high], btype="band", fs=sfreq, output="sos"))
 
 
 def window_features(
@@ -142,11 +149,12 @@ def baseline_features(
     """(C, F) features of the rest before a trial, (C, Tb), to be taken from those of its windows.
 
     As the official code has it: the chunks of one second are averaged sample by sample, and the mean chunk is treated
-    like a window. A rest shorter than a second gives None.
+    like a window. Seconds with samples that are no numbers are left out; without a whole second there is None.
     """
     chunk = round(sfreq)
     count = baseline.shape[-1] // chunk
-    if count == 0:
-        return None
     chunks = baseline[:, : count * chunk].astype(np.float64).reshape(len(baseline), count, chunk)
+    chunks = chunks[:, np.isfinite(chunks).all(axis=(0, 2))]
+    if not chunks.shape[1]:
+        return None
     return window_features(chunks.mean(axis=1), sfreq, bands, normalize=normalize, order=order, causal=causal)

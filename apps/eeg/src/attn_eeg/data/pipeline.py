@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter, OrderedDict
@@ -31,6 +32,7 @@ from attn_shared.errors import UserError
 PARTS = ("train", "val", "test")
 _CACHE_BYTES = 256 << 20
 _TINY = 1e-12
+_FEW = 8  # windows below which a subject's own mean and deviation say little
 
 
 @dataclass(kw_only=True)
@@ -96,22 +98,36 @@ class _Part:
     """Windows before scaling: `x` (N, C, F) features, or the signals with the places of their windows."""
 
     meta: Meta
+    whole: np.ndarray
     x: np.ndarray | None
     signals: list[np.ndarray]
     starts: list[np.ndarray]
     mixed: int
-    broken: int
     notes: list[str]
+
+    @property
+    def broken(self) -> int:
+        return int((~self.whole).sum())
 
     def take(self, index: np.ndarray) -> _Part:
         """Only these windows, in this order for features, in the order of time for samples."""
         if self.x is not None:
-            return dataclasses.replace(self, meta=self.meta.take(index), x=self.x[index])
+            return dataclasses.replace(self, meta=self.meta.take(index), whole=self.whole[index], x=self.x[index])
         index = np.sort(index)
         bounds = np.cumsum([0, *(len(starts) for starts in self.starts)])
-        chosen = [index[(index >= a) & (index < b)] - a for a, b in zip(bounds[:-1], bounds[1:])]
-        starts = [own[c] for own, c in zip(self.starts, chosen)]
-        return dataclasses.replace(self, meta=self.meta.take(index), starts=starts)
+        chosen = [index[(index >= a) & (index < b)] - a for a, b in itertools.pairwise(bounds)]
+        pairs = [(one, own[c]) for one, own, c in zip(self.signals, self.starts, chosen) if len(c)]
+        signals, starts = [one for one, _ in pairs], [own for _, own in pairs]
+        meta = self.meta.take(index)
+        return dataclasses.replace(self, meta=meta, whole=self.whole[index], signals=signals, starts=starts)
+
+    def usable(self, *, labelled: bool = True) -> _Part:
+        """Without windows that hold samples which are no numbers, or whose class is unknown.
+
+        Only now, after the split: were they left out before, a damaged test recording would move others to other folds.
+        """
+        good = self.whole & (self.meta.label >= 0) if labelled else self.whole
+        return self if good.all() else self.take(np.flatnonzero(good))
 
 
 # -- the public face --------------------------------------------------------------------------------------------------
@@ -146,21 +162,23 @@ def prepare(
     elsewhere = state is not None and _identity(corpus) != state["corpus"]
     scaler = None if state is None else Scaler.from_state(state["scaler"])
     if elsewhere:
-        assert state is not None and scaler is not None
+        assert state is not None
+        assert scaler is not None
         if state["classes"] != list(corpus.classes):
             raise UserError(
                 f"{corpus.name} has the classes {', '.join(corpus.classes)} and the model was trained on "
                 f"{', '.join(state['classes'])}"
             )
         scaler = dataclasses.replace(scaler, known={k: v for k, v in scaler.known.items() if not k})
-        parts = {"test": _labelled(_cut_all(pieces, chain, args, length, stride))}
+        everything = {"test": _cut_all(pieces, chain, args, length, stride)}
         number, count = 0, 1
     else:
-        parts, number, count = _divide(pieces, chain, args, fold, seed, length, stride, train_stride, corpus)
+        everything, number, count = _divide(pieces, chain, args, fold, seed, length, stride, train_stride)
+    parts = {name: part.usable() for name, part in everything.items()}
     for name in ("train", "test") if not elsewhere else ("test",):
-        if name not in parts or not len(parts[name].meta):
-            raise UserError(_no_window(corpus, args, name, parts))
-    if state is None and args.keep < 1:
+        if not len(parts[name].meta):
+            raise UserError(_no_window(corpus, args, name, everything))
+    if args.keep < 1 and not elsewhere:
         parts["train"] = _keep(parts["train"], args, number)
     if scaler is None:
         scaler = _fit_scaler(parts["train"], args, length)
@@ -173,7 +191,7 @@ def prepare(
         if len(part.meta)
     }
     counts = {name: np.bincount(one.y.numpy(), minlength=len(corpus.classes)).tolist() for name, one in sets.items()}
-    if "train" in sets and args.balance == "smote":
+    if state is None and args.balance == "smote":
         _oversample(sets["train"], args)
     if state is None:
         state = {
@@ -191,7 +209,7 @@ def prepare(
         val=sets.get("val"),
         test=sets.get("test"),
         state=dict(state),
-        facts=_facts(corpus, chain, parts, sets, counts, number, count, args),
+        facts=_facts(corpus, chain, everything, sets, counts, number, count, args),
         protocol=_protocol(corpus, args, sets, number, count, elsewhere, warning),
         warning=warning,
         fold=number,
@@ -222,18 +240,19 @@ def encode(
         UserError: no whole window, an electrode missing.
     """
     chain = Chain.from_state(state["chain"])
-    args = dataclasses.replace(args, stride=stride or args.stride)
+    args = dataclasses.replace(args, stride=args.stride if stride is None else stride)
     length, step, _ = _samples(args, chain.sfreq)
     pieces = [
         _Piece(recording=r, number=i, offset=0.0, duration=r.data.shape[-1] / r.sfreq) for i, r in enumerate(recordings)
     ]
-    part = _cut_all(pieces, chain, args, length, step, interpolate=interpolate)
+    every = _cut_all(pieces, chain, args, length, step, interpolate=interpolate)
+    part = every.usable(labelled=False)
     where = ", ".join(dict.fromkeys(r.source or r.subject for r in recordings))
     if not len(part.meta):
         longest = max((piece.duration for piece in pieces), default=0.0)
         why = (
-            f"every window has samples that are no numbers ({part.broken} left out)"
-            if part.broken
+            f"all {every.broken} windows hold samples that are no numbers"
+            if every.broken
             else f"it lasts {longest:g} s and a window {args.window:g} s"
         )
         raise UserError(f"{where}: no window can be cut: {why}")
@@ -241,8 +260,12 @@ def encode(
     scaler = dataclasses.replace(scaler, known={k: v for k, v in scaler.known.items() if not k})
     subjects = sorted({recording.subject for recording in recordings})
     notes = list(part.notes)
-    if part.broken:
-        notes.append(f"{part.broken} windows left out: they hold samples that are no numbers")
+    if every.broken:
+        notes.append(f"{every.broken} windows left out: they hold samples that are no numbers")
+    if scaler.kind == "subject":
+        for name, count in zip(*np.unique(part.meta.subject, return_counts=True)):
+            if count < _FEW:
+                notes.append(f"{name} is scaled by its own {count} windows, which are few: expect little of the result")
     return _window_set(part, scaler, args, chain, length, subjects, state["classes"]), notes
 
 
@@ -283,7 +306,6 @@ def _divide(
     length: int,
     stride: int,
     train_stride: int,
-    corpus: Corpus,
 ) -> tuple[dict[str, _Part], int, int]:
     """The windows of each part, number of the fold, number of folds."""
 
@@ -298,11 +320,11 @@ def _divide(
         for name in PARTS:
             step = train_stride if name == "train" else stride
             own = [p for piece in pieces for p in _stretches(piece, name, args, number)]
-            parts[name] = _labelled(_cut_all(own, chain, args, length, step))
+            parts[name] = _cut_all(own, chain, args, length, step)
         return parts, number, args.folds
-    whole = _labelled(_cut_all(pieces, chain, args, length, stride))
+    whole = _cut_all(pieces, chain, args, length, stride)
     if not len(whole.meta):
-        raise UserError(_no_window(corpus, args, "", {"": whole}))
+        return dict.fromkeys(PARTS, whole), 0, 1
     count = fold_count(whole.meta, args)
     number = number_of(count)
     index = dict(zip(PARTS, split(whole.meta, args, number)))
@@ -311,7 +333,7 @@ def _divide(
         ids = _ids(whole.meta)
         train = {ids[i] for i in index["train"]}
         own = [piece for piece in pieces if _id(piece.recording) in train]
-        parts["train"] = _labelled(_cut_all(own, chain, args, length, train_stride))
+        parts["train"] = _cut_all(own, chain, args, length, train_stride)
     return parts, number, count
 
 
@@ -353,8 +375,9 @@ def _cut_all(
     *,
     interpolate: bool = False,
 ) -> _Part:
-    metas, values, signals, starts, notes = [], [], [], [], []
-    mixed = broken = 0
+    metas, whole, values, signals, starts = [], [], [], [], []
+    notes: list[str] = []
+    mixed = 0
     bands = parse_bands(args.bands, chain.sfreq) if args.features == "bde" else []
     for piece in pieces:
         recording = piece.recording
@@ -365,12 +388,12 @@ def _cut_all(
             done = chain.apply(recording, interpolate=interpolate)
             found, said = cut(done, length, stride), done.notes
             if len(found.starts):
-                # A gap would make each sum over it, and so the scaler, no number; no window holds it.
-                signals.append(np.nan_to_num(done.data, copy=False))
+                signals.append(done.data)
                 starts.append(found.starts)
         name = recording.source or "/".join(_id(recording))
         notes += [note if name in note else f"{name}: {note}" for note in said]
-        mixed, broken = mixed + found.mixed, broken + found.broken
+        mixed += found.mixed
+        whole.append(found.whole)
         count = len(found.starts)
         begin = piece.offset + found.starts / chain.sfreq
         metas.append(
@@ -385,19 +408,17 @@ def _cut_all(
                 label=found.labels,
             )
         )
-    x = None
-    if bands:
-        x = np.concatenate(values) if values else np.zeros((0, len(chain.channels), len(bands)), np.float32)
+    none = np.zeros((0, len(chain.channels), len(bands)), np.float32)
+    joined = np.concatenate([none, *values]) if bands else None
     return _Part(
-        meta=Meta.join(metas), x=x, signals=signals, starts=starts, mixed=mixed, broken=broken,
+        meta=Meta.join(metas),
+        whole=np.concatenate([np.zeros(0, bool), *whole]),
+        x=joined,
+        signals=signals,
+        starts=starts,
+        mixed=mixed,
         notes=list(dict.fromkeys(notes)),
-    )  # fmt: skip
-
-
-def _labelled(part: _Part) -> _Part:
-    """Without windows whose class is unknown."""
-    known = np.flatnonzero(part.meta.label >= 0)
-    return part if len(known) == len(part.meta) else part.take(known)
+    )
 
 
 # The features of a recording do not depend on the fold, the model or the seed, and a comparison asks for them again
@@ -420,28 +441,31 @@ def _features(
         interpolate, recording.channels, recording.sfreq, recording.label, recording.notes, recording.source,
         recording.data.shape,
     ]  # fmt: skip
-    digest = hashlib.blake2b(json.dumps(plain).encode())
-    for values in (recording.data, recording.baseline, recording.labels):
-        digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    digest = hashlib.blake2b(json.dumps(plain, default=str).encode())
+    for array in (recording.data, recording.baseline, recording.labels):
+        digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
     key = digest.digest()
     if key in _cache:
         _cache.move_to_end(key)
         return _cache[key]
     done = chain.apply(recording, interpolate=interpolate)
-    found = cut(done, length, stride)
+    found, notes = cut(done, length, stride), list(done.notes)
     how: dict[str, Any] = {"normalize": args.normalize, "order": args.band_order, "causal": args.band_causal}
-    x = np.zeros((0, len(chain.channels), len(bands)), np.float32)
-    if len(found.starts):
+    x = np.zeros((len(found.starts), len(chain.channels), len(bands)), np.float32)
+    if found.whole.any():
         # A few hundred windows at a time: overlapping ones take many times the recording's memory.
-        groups = np.array_split(found.starts, -(-len(found.starts) // 256))
-        values = [window_features(gather(done.data, some, length), chain.sfreq, bands, **how) for some in groups]
-        features = np.concatenate(values)
-        if args.baseline and done.baseline is not None and np.isfinite(done.baseline).all():
+        starts = found.starts[found.whole]
+        groups = np.array_split(starts, -(-len(starts) // 256))
+        windows = [window_features(gather(done.data, some, length), chain.sfreq, bands, **how) for some in groups]
+        features = np.concatenate(windows)
+        if args.baseline and done.baseline is not None:
             rest = baseline_features(done.baseline, chain.sfreq, bands, **how)
-            if rest is not None:
+            if rest is None:
+                notes.append("its baseline holds no whole second of numbers and is not subtracted")
+            else:
                 features = features - rest
-        x = features.astype(np.float32)
-    _cache[key] = found, x, done.notes
+        x[found.whole] = features
+    _cache[key] = found, x, notes
     while len(_cache) > 1 and sum(entry[1].nbytes for entry in _cache.values()) > _CACHE_BYTES:
         _cache.popitem(last=False)
     return _cache[key]
@@ -563,7 +587,7 @@ def _class_weights(counts: Sequence[int], args: EegDataConfig) -> list[float] | 
 def _identity(corpus: Corpus) -> str:
     """Tells one data set from another: its name, and whose recordings of what length it holds."""
     facts = [(*_id(r), r.data.shape[-1], r.sfreq) for r in corpus.recordings]
-    return f"{corpus.name}:{hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()}"
+    return f"{corpus.name}:{hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=8).hexdigest()}"
 
 
 def _no_window(corpus: Corpus, args: EegDataConfig, part: str, parts: Mapping[str, _Part]) -> str:
@@ -609,7 +633,9 @@ def _facts(
             facts[names[name]] = f"{len(one.meta):,} windows ({classes}) of {people:,} subjects"
             if one.synthetic:
                 facts[names[name]] += f", and {one.synthetic:,} synthetic ones by SMOTE"
-    mixed, broken = (max(getattr(part, name) for part in parts.values()) for name in ("mixed", "broken"))
+    # Parts that were taken from one whole tell of the same windows left out.
+    mixed = max(part.mixed for part in parts.values())
+    broken = sum(part.broken for part in parts.values())
     if mixed:
         facts["several labels"] = f"{mixed:,} windows left out"
     if broken:

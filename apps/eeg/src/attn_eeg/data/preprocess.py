@@ -15,19 +15,17 @@ from typing import Any, Literal
 import numpy as np
 from scipy import signal
 
+from attn_eeg.data.channels import electrode
 from attn_eeg.data.options import EegDataConfig
 from attn_eeg.data.recording import Recording
 from attn_shared.errors import UserError
 
-#: Older names of the 10-20 system and what the same places are called in the 10-10 system.
-_SAME_PLACE = {"t3": "t7", "t4": "t8", "t5": "p7", "t6": "p8"}
 _MOST_INTERPOLATED = 1 / 3
 
 
 def place(name: str) -> str:
-    """Where an electrode sits: "T3" and "t7" are one place."""
-    lower = name.strip().lower()
-    return _SAME_PLACE.get(lower, lower)
+    """Where an electrode sits: "T3" and "EEG t7" are one place."""
+    return electrode(name).lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,24 +255,25 @@ def _interpolate(
         )
     montage = mne.channels.make_standard_montage("standard_1005")
     spelling = {name.lower(): name for name in montage.ch_names}
-    unplaced = [name for name in lacking if name.lower() not in spelling]
+    unplaced = [name for name in lacking if place(name) not in spelling]
     if unplaced:
         raise UserError(
             f"{_name(recording)} lacks {', '.join(unplaced)}, whose place on the head is unknown, so that it cannot be "
             "computed from its neighbours"
         )
-    kept = [i for i, name in enumerate([*names, *others]) if name.lower() in spelling]
-    spelt = [spelling[[*names, *others][i].lower()] for i in kept]
+    places = [place(name) for name in (*names, *others)]
+    kept = [i for i, where in enumerate(places) if where in spelling]
+    spelt = [spelling[places[i]] for i in kept]
     signals = np.concatenate([values, extra])
     known = np.isfinite(signals)
     info = mne.create_info(spelt, 100.0, "eeg")
     raw = mne.io.RawArray(_bridge(signals, known)[kept], info, verbose="error")
     raw.set_montage(montage, verbose="error")
-    raw.info["bads"] = [spelling[name.lower()] for name in lacking]
+    raw.info["bads"] = [spelling[place(name)] for name in lacking]
     raw.interpolate_bads(verbose="error")
     result = values.copy()
     for name in lacking:
-        result[names.index(name)] = raw.get_data(picks=[spelling[name.lower()]], verbose="error")[0]
+        result[names.index(name)] = raw.get_data(picks=[spelling[place(name)]], verbose="error")[0]
     if not known.all():
         result[:, ~known.all(axis=0)] = np.nan
     return result

@@ -65,18 +65,18 @@ class Cut:
     Attributes:
         starts: (n,) first samples.
         labels: (n,) class numbers.
+        whole: (n,) False for windows with samples that are no numbers.
         mixed: windows left out because their label changes within.
-        broken: windows left out because of samples that are no numbers.
     """
 
     starts: np.ndarray
     labels: np.ndarray
+    whole: np.ndarray
     mixed: int
-    broken: int
 
 
 def cut(recording: Recording, length: int, stride: int) -> Cut:
-    """All whole windows of `length` samples, `stride` apart, with one label throughout and numbers only."""
+    """All windows of `length` samples, `stride` apart, that lie within the recording and have one label throughout."""
     starts = np.arange(0, recording.data.shape[-1] - length + 1, stride, dtype=np.int64)
     whole = _nothing_between(~np.isfinite(recording.data).all(axis=0), starts, starts + length)
     if recording.labels is None:
@@ -85,8 +85,7 @@ def cut(recording: Recording, length: int, stride: int) -> Cut:
         labels = recording.labels[starts].astype(np.int64)
         changes = np.concatenate([[False], recording.labels[1:] != recording.labels[:-1]])
         even = _nothing_between(changes, starts + 1, starts + length)
-    kept = whole & even
-    return Cut(starts[kept], labels[kept], mixed=int((whole & ~even).sum()), broken=int((~whole).sum()))
+    return Cut(starts[even], labels[even], whole[even], mixed=int((~even).sum()))
 
 
 def _nothing_between(marks: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
