@@ -169,7 +169,9 @@ class _Weights:
 
     def __init__(self, q: Tensor, k: Tensor, g: Tensor, ones: Tensor, room: _Room) -> None:
         self.q, self.k, self.room = q, k, room
-        deepest = -float(g.sum(1).amin())
+        b = torch.bmm(ones.expand(len(q), -1, -1), g, out=room("up", *q.shape))
+        last = b[:, -1:]
+        deepest = -float(last.amin())
         bound = _BOUND[q.dtype]
         self.into: Tensor | None = None
         self.outof: Tensor | None = None
@@ -178,8 +180,6 @@ class _Weights:
         if self.strong:
             self._halves(g)
             return
-        b = torch.bmm(ones.expand(len(q), -1, -1), g, out=room("up", *q.shape))
-        last = b[:, -1:]
         self.fall = last.transpose(1, 2).exp()
         if deepest > bound / 2:
             middle = last / 2
