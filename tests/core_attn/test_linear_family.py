@@ -269,6 +269,26 @@ OPERATORS = {
             "log_decay": [(-torch.rand(2), "(2,)"), (torch.full((2, 2, 7), 2.0), "at most 0")],
         },
     ),
+    "titans_memory": (
+        {
+            **common(),
+            "rate": torch.rand(2, 2, 7),
+            "log_momentum": -torch.rand(2, 2, 7),
+            "log_decay": -torch.rand(2, 2, 7),
+        },
+        {
+            **SHAPES,
+            **BACKEND,
+            "rate": [
+                (torch.rand(2, 7), "(2, 7)"),
+                (-torch.ones(2, 2, 7), "at least 0"),
+                (torch.ones(2, 2, 7, dtype=torch.int64), "int64"),
+            ],
+            "log_momentum": [(torch.rand(2, 2), "(2, 2)"), (torch.full((2, 2, 7), 2.0), "at most 0")],
+            "log_decay": [(torch.rand(7), "(7,)"), (torch.full((2, 2, 7), 0.1), "at most 0")],
+            "chunk": [(0, "at least 1")],
+        },
+    ),
     "kernel_attention": (
         {
             "q_features": torch.rand(2, 2, 7, 4),

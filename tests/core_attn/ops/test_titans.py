@@ -336,6 +336,7 @@ def test_steps_are_the_whole(pieces: list[int], chunk: int) -> None:
             )
             outs.append(out)
         assert state.seen == 140 % chunk
+        assert (state.anchor is None) == (chunk == 1)
         whole = torch.cat(outs, dim=2)
         found = [whole, state.memory, state.surprise, *torch.autograd.grad(loss(whole, state), leaves)]
         for a, b in zip(found, right, strict=True):

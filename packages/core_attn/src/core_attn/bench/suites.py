@@ -337,6 +337,10 @@ def _linear_operators(sizes: _Sizes, length: int, dtype: torch.dtype) -> list[En
         q, k, v = tokens()
         return [q, F.normalize(k.float(), dim=-1).to(dtype), v, _uniform(gates, 0.0, 1.0).to(dtype)]
 
+    def titans() -> list[Tensor]:
+        q, k, v, _ = delta()
+        return [q, k, v, *(_uniform(gates, 0.0, far).to(dtype) for far in (0.05, -0.2, -0.05))]
+
     def features() -> list[Tensor]:
         q, k, v = tokens()
         return [q.exp(), k.exp(), v]
@@ -366,6 +370,11 @@ def _linear_operators(sizes: _Sizes, length: int, dtype: torch.dtype) -> list[En
             tensors=scalar,
         ),
         Entry("delta_rule", partial(_with_gate, "delta_rule", "beta"), tensors=delta),
+        Entry(
+            "titans_memory",
+            partial(_with_gate, "titans_memory", "rate", "log_momentum", "log_decay"),
+            tensors=titans,
+        ),
         Entry("kernel_attention", partial(_operator, "kernel_attention", causal=True), tensors=features),
         Entry("flow_attention", partial(_operator, "flow_attention", causal=True)),
         Entry("fft_conv, kernel of L", partial(_operator, "fft_conv"), tensors=convolution),
@@ -441,10 +450,10 @@ def _backend(name: str, asked: Request, causal: bool) -> Function:
     return partial(ops.softmax_attention, causal=causal, backend=name)
 
 
-def _with_gate(name: str, gate: str) -> Function:
-    """An operator as a function of q, k, v and its gate, so that the gate has its gradient too."""
+def _with_gate(name: str, *gates: str) -> Function:
+    """An operator as a function of q, k, v and its gates, so that they have their gradients too."""
     function = _operator(name)
-    return lambda q, k, v, g: function(q, k, v, **{gate: g})
+    return lambda q, k, v, *g: function(q, k, v, **dict(zip(gates, g, strict=True)))
 
 
 def _built(

@@ -221,7 +221,8 @@ class Titans(TokenMixer):
         if self.variant != "lmm":
             sizes = (batch, self.heads, self.head_dim)
             cache = SinkCache(*sizes, sinks=first, left=self.window - 1, device=device, dtype=dtype)
-        state = TitansLayerState(TitansState(zeros, zeros), past, cache)
+        memory = TitansState(zeros, zeros, zeros if self.chunk > 1 else None)
+        state = TitansLayerState(memory, past, cache)
         if self.persistent is not None:
             _, state = self.step(self._persistent(batch).to(device=device, dtype=dtype), state)
         return state

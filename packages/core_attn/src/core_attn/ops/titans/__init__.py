@@ -175,7 +175,7 @@ def _check_state(state: TitansState, shape: tuple[int, ...], chunk: int) -> None
     for name, x in zip(("memory", "surprise", "anchor"), state[:3], strict=True):
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"initial_state.{name} must have shape (B, H, D, Dv) = {shape}, got {tuple(x.shape)}")
-    if not 0 <= state.seen < chunk or (state.seen > 0) != (state.anchor is not None):
+    if not 0 <= state.seen < chunk or (state.seen > 0 and state.anchor is None):
         raise ValueError(
             f"initial_state has seen {state.seen} tokens of a chunk and {'no' if state.anchor is None else 'an'} "
             f"anchor, which does not fit chunks of {chunk}; go on with the chunk that the state was made with"

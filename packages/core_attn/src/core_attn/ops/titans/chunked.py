@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from core_attn.ops.delta.chunked import falls
 from core_attn.ops.delta.reference import state_dtype
-from core_attn.ops.titans.reference import TitansState, begin
+from core_attn.ops.titans.reference import TitansState, begin, end
 
 PIECE = 64
 # Elements of one tensor of keys that are worked on at once: what belongs to them stays in the cache.
@@ -526,7 +526,7 @@ def run(
         state = TitansState(memory, surprise, begun if seen else None, seen)
         if not length:
             break
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), end(*state, chunk)
 
 
 def _fill(part: list[Any], chunk: int, room: int) -> list[Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from core_attn.ops.delta.reference import state_dtype
-from core_attn.ops.titans.reference import TitansState, begin
+from core_attn.ops.titans.reference import TitansState, begin, end
 
 
 def run(
@@ -60,5 +60,5 @@ def run(
         out = torch.cat(outs, dim=1) * scale if outs else values + 0.0 * (queries.sum() + keys.sum() + step.sum())
         cut = q.shape[:2]
         anchor = None if anchor is None else anchor.unflatten(0, cut)
-        state = TitansState(memory.unflatten(0, cut), surprise.unflatten(0, cut), anchor, seen)
+        state = end(memory.unflatten(0, cut), surprise.unflatten(0, cut), anchor, seen, chunk)
         return out.unflatten(0, cut).to(q.dtype), state

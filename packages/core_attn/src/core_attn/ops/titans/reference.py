@@ -16,8 +16,9 @@ class TitansState(NamedTuple):
     Attributes:
         memory: (B, H, D, Dv), M.
         surprise: (B, H, D, Dv), the momentum S.
-        anchor: (B, H, D, Dv), the memory at the start of the chunk that has begun; None between two chunks.
-        seen: tokens of that chunk so far; 0 between two chunks, and always for chunks of one token.
+        anchor: (B, H, D, Dv), the memory at the start of the chunk in hand, between two chunks the memory itself; None
+            for chunks of one token.
+        seen: tokens of that chunk so far; 0 between two chunks.
     """
 
     memory: Tensor
@@ -33,13 +34,20 @@ class TitansState(NamedTuple):
 
 
 def begin(q: Tensor, v: Tensor, state: TitansState | None) -> TitansState:
-    """`state` in the dtype of states, zeros where it is None."""
+    """`state` in the dtype of states, zeros where it is None; without an anchor between two chunks."""
     dtype = state_dtype(q)
     if state is None:
         zeros = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
         return TitansState(zeros, zeros)
-    anchor = None if state.anchor is None else state.anchor.to(dtype)
+    anchor = state.anchor.to(dtype) if state.seen and state.anchor is not None else None
     return TitansState(state.memory.to(dtype), state.surprise.to(dtype), anchor, state.seen)
+
+
+def end(memory: Tensor, surprise: Tensor, anchor: Tensor | None, seen: int, chunk: int) -> TitansState:
+    """The final state; it has an anchor at every place of a chunk, so that its size is always the same."""
+    if anchor is None and chunk > 1:
+        anchor = memory.clone()
+    return TitansState(memory, surprise, anchor, seen)
 
 
 def run(
@@ -83,4 +91,4 @@ def run(
                 anchor, seen = None, 0
         # Made from the inputs where there is no token, so that they stay in the graph.
         out = torch.stack(outs, dim=2) if outs else values + 0.0 * (queries.sum() + keys.sum() + theta.sum())
-        return (out * scale).to(q.dtype), TitansState(memory, surprise, anchor, seen)
+        return (out * scale).to(q.dtype), end(memory, surprise, anchor, seen, chunk)
