@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -324,22 +325,37 @@ def _lines(app: App, cells: Sequence[Cell]) -> list[Line]:
         )
     trained = {line.model for line in lines}
     for kind, name in (("baseline", "baselines"), ("published", "published")):
-        seen = set()
+        # Other models' runs with the same seed repeat a row; other seeds may have other data, and so other figures.
+        found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
         for cell in cells:
             for row in (cell.results or {}).get(name) or []:
-                line = _other(kind, row)
+                entry = (str(row.get("model", "?")), str(row.get("source") or ""))
                 # A baseline that takes part itself stands there already.
-                if (line.model, line.source) not in seen and not (kind == "baseline" and line.model in trained):
-                    seen.add((line.model, line.source))
-                    lines.append(line)
+                if not (kind == "baseline" and entry[0] in trained):
+                    found.setdefault(entry, {}).setdefault(cell.config.seed, _numbers(row))
+        lines += [
+            Line(kind=kind, model=model, source=source, metrics=_gathered(list(rows.values())))
+            for (model, source), rows in found.items()
+        ]
     return lines
 
 
-def _other(kind: str, row: Mapping[str, Any]) -> Line:
-    figures = {
-        k: [float(v)] for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "seed"
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "seed"
     }
-    return Line(kind=kind, model=str(row.get("model", "?")), source=str(row.get("source") or ""), metrics=figures)
+
+
+def _gathered(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The values of each metric over seeds; a single one where no seed changes anything."""
+    if all(_same(row, rows[0]) for row in rows):
+        rows = rows[:1]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row[name] for row in rows if name in row] for name in names}
+
+
+def _same(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    return a.keys() == b.keys() and all(a[k] == b[k] or (math.isnan(a[k]) and math.isnan(b[k])) for k in a)
 
 
 def _costs(app: App, cells: Sequence[Cell]) -> Iterator[Cost | None]:
@@ -367,6 +383,28 @@ def _costs(app: App, cells: Sequence[Cell]) -> Iterator[Cost | None]:
                 yield None
 
 
+def merged(texts: Sequence[str]) -> str:
+    """What runs with several seeds say of their protocol, in one text: "fold 1 of 6" and "fold 2 of 6" are "fold 1-2".
+
+    Numbers that differ become their range; texts that differ in more than numbers follow one another.
+    """
+    texts = list(dict.fromkeys(texts))
+    parts = [re.split(r"(\d+(?:,\d{3})*(?:\.\d+)?)", text) for text in texts]
+    if len(texts) < 2:
+        return "".join(texts)
+    if len({tuple(part[::2]) for part in parts}) > 1:
+        return "; ".join(texts)
+    words = []
+    for place, found in enumerate(zip(*parts)):
+        ends = sorted(set(found), key=_number) if place % 2 else [found[0]]
+        words.append(ends[0] if len(ends) == 1 else f"{ends[0]}-{ends[-1]}")
+    return "".join(words)
+
+
+def _number(word: str) -> float:
+    return float(word.replace(",", ""))
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +418,11 @@ class _Table:
         self.lines = sorted(lines, key=lambda line: (line.kind == "failed", *sort_key(task, line.mean(task.primary))))
         results = next((c.results for c in cells if c.results), None)
         self.split = split_of(results) if results else "test"
-        protocols = {c.config.model: str(c.results["protocol"]) for c in cells if c.results}
+        said: dict[str, list[str]] = {}
+        for cell in cells:
+            if cell.results:
+                said.setdefault(cell.config.model, []).append(str(cell.results["protocol"]))
+        protocols = {model: merged(texts) for model, texts in said.items()}
         same = len(set(protocols.values())) < 2
         # Models under their own settings may see longer look-backs.
         self.protocol = (
@@ -523,7 +565,8 @@ class _Table:
         for line in self.lines:
             figures = [v for m in self.all_metrics for v in (line.mean(m), line.sd(m))]
             costs = [getattr(line.cost, c) if line.cost is not None else None for c in self.COSTS]
-            seeds = max((len(v) for v in line.metrics.values()), default=0) if line.kind == "model" else ""
+            count = max((len(v) for v in line.metrics.values()), default=0)
+            seeds = count if line.kind == "model" or count > 1 else ""
             writer.writerow([line.kind, line.model, line.mixer, line.source, seeds, *figures, *costs, line.error])
         return out.getvalue()
 
