@@ -16,7 +16,7 @@ from torch import Tensor
 from core_attn.ops.fftconv.reference import sum_dtype
 
 # Elements of the real side of a group's transforms.
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 21
 
 
 def fast_size(least: int) -> int:
@@ -50,14 +50,28 @@ class _Padded:
         like: a tensor on the device.
         rows: rows of the largest group, such as (B, channels).
         taps: how many points of a row are written, at its front.
-        behind: how many are written at its end, those that stand before point 0 on the circle.
         size: points of a row.
         dtype: what the points are.
+        behind: how many are written at its end, those that stand before point 0 on the circle.
+        shared: another whose memory will do where as many points are written there; they take turns.
     """
 
     def __init__(
-        self, like: Tensor, rows: tuple[int, ...], taps: int, size: int, dtype: torch.dtype, *, behind: int = 0
+        self,
+        like: Tensor,
+        rows: tuple[int, ...],
+        taps: int,
+        size: int,
+        dtype: torch.dtype,
+        *,
+        behind: int = 0,
+        shared: _Padded | None = None,
     ) -> None:
+        self.taps, self.behind = taps, behind
+        self.buffer: Tensor
+        if shared is not None and (shared.taps, shared.behind) == (taps, behind) and len(shared.buffer):
+            self.buffer = shared.buffer[0]
+            return
         self.buffer = like.new_empty(*rows, size, dtype=dtype)
         self.buffer[..., taps : size - behind] = 0.0
 
@@ -81,7 +95,7 @@ def _forward(x: Tensor, kernel: Tensor, reverse: Tensor | None, keep: bool) -> t
         many = groups[0].stop if groups else 0
         tokens = _Padded(x, (batch, many), length, size, dtype)
         before = 0 if reverse is None else max(count - 1, 0)
-        taps = _Padded(x, (many,), count, size, dtype, behind=before)
+        taps = _Padded(x, (many,), count, size, dtype, behind=before, shared=tokens)
         products = None
         for group in groups:
             of_x = tokens.spectrum(x[:, group])
@@ -106,10 +120,12 @@ def _backward(
     with torch.autocast(x.device.type, enabled=False):
         many = groups[0].stop if groups else 0
         tokens = _Padded(dout, (batch, many), length, size, dtype)
+        products = None
         for group, of_x, of_kernel in zip(groups, spectra[::2], spectra[1::2], strict=True):
             of_d = tokens.spectrum(dout[:, group])
-            of_taps = of_x[0] * of_d[0] if batch == 1 else (of_x * of_d).sum(0)
-            circle = torch.fft.irfft(of_taps, n=size)
+            products = torch.empty_like(of_x) if products is None else products[:, : of_x.shape[1]]
+            torch.mul(of_x, of_d, out=products)
+            circle = torch.fft.irfft(products[0] if batch == 1 else products.sum(0), n=size)
             dkernel[group] = circle[:, :count]
             if reverse is not None:
                 dreverse[group, :1] = circle[:, :1]
