@@ -175,8 +175,8 @@ def prepare(
     else:
         everything, number, count = _divide(pieces, chain, args, fold, seed, length, stride, train_stride)
     parts = {name: part.usable() for name, part in everything.items()}
-    for name in ("train", "test") if not elsewhere else ("test",):
-        if not len(parts[name].meta):
+    for name, part in parts.items():
+        if not len(part.meta) and (name != "val" or args.val):
             raise UserError(_no_window(corpus, args, name, everything))
     if args.keep < 1 and not elsewhere:
         parts["train"] = _keep(parts["train"], args, number)
@@ -591,19 +591,21 @@ def _identity(corpus: Corpus) -> str:
 
 
 def _no_window(corpus: Corpus, args: EegDataConfig, part: str, parts: Mapping[str, _Part]) -> str:
-    which = {"train": "training ", "test": "test "}.get(part, "")
-    mixed, broken = (sum(getattr(p, name) for p in parts.values()) for name in ("mixed", "broken"))
+    which = {"train": "training", "val": "validation", "test": "test"}[part]
+    mixed, broken = (max(getattr(p, name) for p in parts.values()) for name in ("mixed", "broken"))
     longest = max((r.data.shape[-1] / r.sfreq for r in corpus.recordings), default=0.0)
     reasons = [f"the longest recording lasts {longest:g} s and a window {args.window:g} s"]
     if args.split == "blocked":
         reasons.append(
             f"{args.folds} folds with gaps of {args.gap:g} s leave stretches of {longest / args.folds:.3g} s"
         )
+    if part == "val":
+        reasons.append("raise data_args.val or set it to 0, which takes the last epoch")
     if mixed:
         reasons.append(f"{mixed} windows have several labels")
     if broken:
         reasons.append(f"{broken} hold samples that are no numbers")
-    return f"{corpus.name}: no {which}window is left: {'; '.join(reasons)}"
+    return f"{corpus.name}: no {which} window is left: {'; '.join(reasons)}"
 
 
 def _facts(

@@ -253,7 +253,10 @@ def _interpolate(
             f"{_name(recording)} lacks {len(lacking)} of the {len(names)} electrodes ({', '.join(lacking)}): "
             "too many to compute from their neighbours"
         )
-    montage = mne.channels.make_standard_montage("standard_1005")
+    known_montages = mne.channels.get_builtin_montages()  # the one montage has two names, by version
+    montage = mne.channels.make_standard_montage(
+        "colin27_1005" if "colin27_1005" in known_montages else "standard_1005"
+    )
     spelling = {name.lower(): name for name in montage.ch_names}
     unplaced = [name for name in lacking if place(name) not in spelling]
     if unplaced:
