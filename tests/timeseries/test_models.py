@@ -16,7 +16,6 @@ from attn_timeseries.config import MODELS, PatchTSTConfig
 from attn_timeseries.models.base import SeriesShape
 from attn_timeseries.models.layers import (
     ChannelLinear,
-    Dropout,
     SeriesDecomposition,
     WindowNorm,
     fitting_mixers,
@@ -357,22 +356,6 @@ def test_decomposition_is_accurate_in_float32_far_from_zero():
     for decomposition in (SeriesDecomposition(25), SeriesDecomposition(25, 4096)):
         error = decomposition(x.float())[0].double() - decomposition(x)[0]
         assert error.abs().max() < 5e-3  # float32 resolves 1e4 to 1e-3
-
-
-def test_dropout_keeps_the_mean_and_passes_the_same_mask_back():
-    torch.manual_seed(0)
-    x = torch.ones(1000, 1001, requires_grad=True)
-    y = Dropout(0.3)(x)
-    assert y.mean().item() == pytest.approx(1.0, abs=2e-3)
-    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=2e-3)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-    quarters = (y.detach().flatten()[: 4 * 250_250].view(-1, 4) == 0).double()
-    assert torch.corrcoef(quarters.T).triu(1).abs().max() < 0.01  # four draws are cut from one random number
-    assert torch.equal(Dropout(0.3).eval()(x), x)
-    assert torch.equal(Dropout(0.0)(x), x)
-    with pytest.raises(ValueError, match="dropout must lie in"):
-        Dropout(1.0)
 
 
 def test_neighbours_wrap_around():

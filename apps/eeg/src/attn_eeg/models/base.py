@@ -106,10 +106,3 @@ class MixerFreeModel(EegModel):
         super().__init__(config, shape)
         if mixer is not None or mixer_args:
             raise ValueError(f"{type(self).__name__} has no attention, so it takes no mixer and no mixer_args")
-
-
-def check_dropout(dropout: float) -> float:
-    """`dropout`, or a ValueError where it is no probability below 1."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    return dropout

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from attn_eeg.config import LinearConfig, MLPConfig
-from attn_eeg.models.base import EegShape, MixerFreeModel, check_dropout
+from attn_eeg.models.base import EegShape, MixerFreeModel
+from attn_shared.layers import Dropout
 
 
 class MLP(MixerFreeModel):
@@ -34,11 +35,10 @@ class MLP(MixerFreeModel):
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
         if min(config.hidden, config.depth) < 1:
             raise ValueError(f"hidden and depth must be at least 1, got {config.hidden} and {config.depth}")
-        dropout = check_dropout(config.dropout)
         layers: list[nn.Module] = []
         width = shape.channels * shape.width
         for _ in range(config.depth):
-            layers += [nn.Linear(width, config.hidden), nn.GELU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(width, config.hidden), nn.GELU(), Dropout(config.dropout)]
             width = config.hidden
         self.net = nn.Sequential(*layers, nn.Linear(width, shape.classes))
 

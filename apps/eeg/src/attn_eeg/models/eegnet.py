@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_eeg.config import EEGNetConfig
-from attn_eeg.models.base import EegShape, MixerFreeModel, check_dropout
+from attn_eeg.models.base import EegShape, MixerFreeModel
+from attn_shared.layers import Dropout
 
 
 class EEGNet(MixerFreeModel):
@@ -66,7 +67,7 @@ class EEGNet(MixerFreeModel):
         self.pointwise = nn.Conv2d(spatial, separable, 1, bias=False)
         self.separable_norm = self._norm(separable)
         self.dense = nn.Linear(separable * left, shape.classes)
-        self.dropout = nn.Dropout(check_dropout(c.dropout))
+        self.dropout = Dropout(c.dropout)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)

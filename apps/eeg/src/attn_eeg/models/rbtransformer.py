@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_eeg.config import RBTransformerConfig
-from attn_eeg.models.base import EegModel, EegShape, check_dropout
+from attn_eeg.models.base import EegModel, EegShape
+from attn_shared.layers import Dropout
 from core_attn import registry
 from core_attn.api import build, parameters
 from core_attn.contract import Pattern, TokenMixer
@@ -55,20 +56,19 @@ class RBTransformer(EegModel):
         for name in sizes:
             if getattr(c, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
-        dropout = check_dropout(c.dropout)
         self.embedding = nn.Linear(shape.features, c.embed_dim)
         self.identity = nn.Parameter(torch.randn(shape.channels, c.embed_dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(c.dropout)
         self.blocks = nn.ModuleList(
-            Block(electrode_mixer(mixer or "softmax", c, mixer_args or {}), c.mlp_hidden_dim, dropout=dropout)
+            Block(electrode_mixer(mixer or "softmax", c, mixer_args or {}), c.mlp_hidden_dim, dropout=c.dropout)
             for _ in range(c.depth)
         )
         d = c.embed_dim
         self.norm = nn.LayerNorm(d)
         self.head = nn.Sequential(
-            *(nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(dropout)),
-            *(nn.Linear(2 * d, 2 * d), nn.GELU(), nn.Dropout(dropout)),
-            *(nn.Linear(2 * d, d), nn.GELU(), nn.Dropout(dropout)),
+            *(nn.Linear(d, 2 * d), nn.GELU(), Dropout(c.dropout)),
+            *(nn.Linear(2 * d, 2 * d), nn.GELU(), Dropout(c.dropout)),
+            *(nn.Linear(2 * d, d), nn.GELU(), Dropout(c.dropout)),
             nn.Linear(d, shape.classes),
         )
 
@@ -88,14 +88,14 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(attention.dim)
         self.attention = attention
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.feed_forward_norm = nn.LayerNorm(attention.dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(attention.dim, hidden),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(hidden, attention.dim),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attn_shared.layers import Dropout
 from attn_timeseries.config import AutoformerConfig
 from attn_timeseries.models.base import ForecastModel, SeriesShape
 from attn_timeseries.models.embedding import DataEmbedding
-from attn_timeseries.models.layers import Dropout, FeedForward, SeriesDecomposition, cross_mixer, self_mixer
+from attn_timeseries.models.layers import FeedForward, SeriesDecomposition, cross_mixer, self_mixer
 from core_attn.contract import TokenMixer
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attn_timeseries.models.layers import Dropout, neighbours
+from attn_shared.layers import Dropout
+from attn_timeseries.models.layers import neighbours
 
 
 class DataEmbedding(nn.Module):

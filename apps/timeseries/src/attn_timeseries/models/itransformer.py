@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_shared.layers import Dropout
 from attn_timeseries.config import ITransformerConfig
 from attn_timeseries.models.base import ForecastModel, SeriesShape
-from attn_timeseries.models.layers import Dropout, EncoderLayer, WindowNorm, self_mixer
+from attn_timeseries.models.layers import EncoderLayer, WindowNorm, self_mixer
 
 
 class ITransformer(ForecastModel):

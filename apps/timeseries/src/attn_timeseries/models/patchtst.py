@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attn_shared.layers import Dropout
 from attn_timeseries.config import PatchTSTConfig
 from attn_timeseries.models.base import ForecastModel, SeriesShape
-from attn_timeseries.models.layers import ChannelLinear, Dropout, FeedForward, WindowNorm, self_mixer
+from attn_timeseries.models.layers import ChannelLinear, FeedForward, WindowNorm, self_mixer
 from core_attn.contract import Growth, MechanismInfo, Pattern, TokenMixer
 from core_attn.mechanisms.heads import MultiHeadMixer
 
