@@ -86,8 +86,9 @@ class Titans(TokenMixer):
     nor does the momentum move the memory there.
 
     The paper leaves θ free; with keys of norm 1, η = 0.9 and θ = 0.2 the memory then overflows within a few thousand
-    random tokens. So by default θ_t = (1 - η_t) σ(·): the momentum is a mean of gradients, and no sequence tried, with
-    gates saturated or not, made the memory large. `bounded=False` leaves the steps free.
+    random tokens. So by default θ_t = (1 - η_t) σ(·): the momentum is a mean of gradients. That is no proof, but in
+    trials of 16,384 tokens with nothing forgotten the outputs stayed below 300 for keys drawn at random, and below
+    20,000 in the worst, keys that turn slowly with η = 0.999. `bounded=False` leaves the steps free.
 
     Variants: "lmm" is the memory as a layer by itself. "mag" (section 4.2) has sliding-window attention beside it: its
     output y goes on as norm(y) ⊙ σ(norm(m)), m the memory's output, with the norms' own weights. "mal" (section 4.3)
