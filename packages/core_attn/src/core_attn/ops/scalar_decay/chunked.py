@@ -20,8 +20,8 @@ and keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 CHUNK = 64
 # Chunks of a segment: the states at the segments' starts are kept for backward, the others made again.
-SEGMENT = 16
+SEGMENT = 8
 # How far b may fall over a chunk that is computed with e^(e - b) alone.
 _BOUND = {torch.float32: 40.0, torch.float64: 300.0}
 # Log-decays below this are a factor of 0 all the same; with it sums of them stay exact.
@@ -52,32 +52,75 @@ class _Place(NamedTuple):
     pad: int
 
 
-class _Decay:
-    """What the tokens of chunks make of their log-decays g (n, T, C), or (n, 1, C) where all chunks are the same.
+class _Decay(NamedTuple):
+    """What the tokens of one piece make of their log-decays.
 
     Attributes:
-        mask: (n, T or 1, C, C) factors of the weights; None where the rows have them already.
-        up, down: (n, T or 1, C, 1) factors of queries and keys for the state.
-        fall: (n, T or 1, 1) what is left of the state over a chunk; None where `between` has it already.
+        up, down: (R, C, 1) factors of queries and keys for the state.
         between: (n, T + 1, T + 1) what is left at the start of chunk t, or at the end, of the first state (column 0)
             and of what chunk s - 1 added. Without a mask its rows are multiplied by what `up` lacks.
+        mask: (n, T or 1, C, C) factors of the weights; None where the rows have them already.
     """
 
-    def __init__(self, g: Tensor, count: int, scale: float) -> None:
-        g = g.clamp(min=_FLOOR[g.dtype])
+    up: Tensor
+    down: Tensor
+    between: Tensor
+    mask: Tensor | None
+
+
+class _Decays:
+    """The decays of all pieces of a call: small beside its tokens, so they are made at once."""
+
+    def __init__(self, g: Tensor, call: _Call) -> None:
+        self.fixed, self.rows = g.dim() == 1, call.rows
+        if self.fixed:
+            g = g[None, :, None].expand(-1, -1, call.length)
+        g = F.pad(g.to(call.dtype), (0, call.segments * call.span - call.length)).clamp_(min=_FLOOR[call.dtype])
+        g = g.unflatten(2, (call.segments, call.count, call.chunk))
         coarse = (g * 16).round_().div_(16)
-        sums = coarse.cumsum(-1), (g - coarse).cumsum(-1)
-        ends = tuple(x[..., -1:] for x in sums)
-        self.between = _falls(*(F.pad(x.squeeze(-1).expand(-1, count).cumsum(-1), (1, 0)) for x in ends))
-        self.down = _exp(*(e - x for e, x in zip(ends, sums))).unsqueeze(-1)
-        deepest = -float(ends[0].amin()) if g.numel() else 0.0
-        if deepest <= _BOUND[g.dtype]:
-            self.mask = self.fall = None
-            self.up = _exp(*(x - e for e, x in zip(ends, sums))).unsqueeze(-1) * scale
-            self.between[:, :-1] *= _exp(*ends)
+        self.sums = coarse.cumsum(-1), (g - coarse).cumsum(-1)
+        ends = tuple(x[..., -1:] for x in self.sums)
+        deep = ends[0].amin((-1, -2)) < -_BOUND[call.dtype]
+        if self.rows > 1:  # heads of one piece are computed alike
+            deep = deep.any(1, keepdim=True).expand_as(deep)
+        kept = tuple(x.masked_fill(deep[..., None, None], 0.0) for x in ends)
+        up = _exp(*(x - e for x, e in zip(self.sums, kept))).mul_(call.scale).unsqueeze(-1)
+        down = _exp(*(e - x for x, e in zip(self.sums, ends))).unsqueeze(-1)
+        between = _falls(*(F.pad(x.squeeze(-1).cumsum(-1), (1, 0)) for x in ends))
+        between[..., :-1, :] *= _exp(*kept)
+        self.deep: list[list[list[bool]]] = deep.tolist()
+        # What is left of the state over a chunk, where `between` does not have it already.
+        self.fall = _exp(*(e - x for e, x in zip(ends, kept))) if deep.any() else None
+        self.scale = call.scale
+        self.masks: dict[tuple[int, ...], Tensor] = {}
+        self.parts = (up, down, between)
+        self.views = [
+            [list(zip(*(x.unbind() for x in h))) for h in zip(*(x.unbind() for x in b))] for b in zip(*self.parts)
+        ]
+
+    def at(self, p: _Place) -> _Decay:
+        b = 0 if self.fixed else p.b
+        if self.rows == 1:
+            up, down, between = self.views[b][p.h0][p.s]
+            between = between.unsqueeze(0)
         else:
-            self.mask, self.fall = _falls(*sums).mul_(scale), _exp(*ends)
-            self.up = _exp(*sums).unsqueeze(-1) * scale
+            up, down, between = (x[b, p.h0 : p.h1, p.s] for x in self.parts)
+        if p.chunks != between.shape[-1] - 1:
+            up, down = (x.narrow(-3, 0, p.chunks) for x in (up, down))
+            between = between[:, : p.chunks + 1, : p.chunks + 1]
+        if self.rows > 1:
+            up, down = up.flatten(0, 1), down.flatten(0, 1)
+        if self.fall is None or not self.deep[b][p.h0][p.s]:
+            return _Decay(up, down, between, None)
+        # A fixed decay makes all whole chunks alike.
+        one = self.fixed and not p.pad
+        key = (p.h0,) if one else (p.h0, p.b, p.s)
+        mask = self.masks.get(key)
+        if mask is None:
+            mask = _falls(*(x[b, p.h0 : p.h1, p.s, : 1 if one else p.chunks] for x in self.sums)).mul_(self.scale)
+            if one:
+                self.masks[key] = mask
+        return _Decay(up, down, between, mask)
 
 
 def _exp(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -97,156 +140,233 @@ def _falls(coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 class _Call:
-    """The inputs of one call, cut into pieces that fit the cache of a core."""
+    """The sizes of one call, cut into pieces that fit the cache of a core, and memory that all pieces use again."""
 
-    def __init__(self, q: Tensor, v: Tensor, g: Tensor, scale: float) -> None:
+    def __init__(self, q: Tensor, v: Tensor, scale: float) -> None:
         self.dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
         self.batch, self.heads, self.length, _ = v.shape
         self.shared = self.heads // max(1, q.shape[1])
-        self.g, self.scale = g, scale
+        self.scale = scale
         # A short sequence is one short chunk.
         self.chunk = min(CHUNK, max(1, self.length))
-        self.segments = -(-self.length // (CHUNK * SEGMENT))
-        count = min(SEGMENT, -(-self.length // self.chunk))
-        pieces = (SEGMENT if q.device.type == "cpu" else 2**12) // max(1, count)
+        self.count = max(1, min(SEGMENT, -(-self.length // self.chunk)))
+        self.span = self.count * self.chunk
+        self.segments = -(-self.length // self.span)
+        pieces = (SEGMENT if q.device.type == "cpu" else 2**12) // self.count
         self.rows = max(1, pieces // self.shared * self.shared)
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._rooms: dict[tuple[int, int], _Room] = {}
 
     def buffer(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """Memory that every piece uses again under this name, so that it stays in the cache."""
-        size = math.prod(shape)
-        held = self._buffers.get(name)
-        if held is None or held.numel() < size:
-            self._buffers[name] = held = torch.empty(size, dtype=self.dtype, device=like.device)
-        return held[:size].view(shape)
+        held = self._buffers.get((name, shape))
+        if held is None:
+            self._buffers[name, shape] = held = torch.empty(shape, dtype=self.dtype, device=like.device)
+        return held
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """(R, X, Y) times (R, Y, Z) in the memory of this name."""
-        return torch.bmm(a, b, out=self.buffer(name, a, a.shape[0], a.shape[1], b.shape[2]))
+    def room(self, q: Tensor, v: Tensor, p: _Place) -> _Room:
+        key = (p.h1 - p.h0, p.chunks)
+        if key not in self._rooms:
+            self._rooms[key] = _Room(self, q, v, *key)
+        return self._rooms[key]
 
     def places(self, *, backwards: bool = False) -> Iterator[_Place]:
         """All pieces: of one group of heads after the other, the segments in order."""
-        span = CHUNK * SEGMENT
         for b in range(self.batch):
             for h0 in range(0, self.heads, self.rows):
-                self.kept: dict[tuple[int, int], _Decay] = {}
                 for s in reversed(range(self.segments)) if backwards else range(self.segments):
-                    tokens = min(span, self.length - s * span)
-                    count = -(-tokens // self.chunk)
-                    yield _Place(
-                        b, h0, min(h0 + self.rows, self.heads), s, s * span, count, count * self.chunk - tokens
-                    )
+                    tokens = min(self.span, self.length - s * self.span)
+                    chunks = -(-tokens // self.chunk)
+                    pad = chunks * self.chunk - tokens
+                    yield _Place(b, h0, min(h0 + self.rows, self.heads), s, s * self.span, chunks, pad)
 
-    def decay(self, p: _Place) -> _Decay:
-        stop = p.start + p.chunks * self.chunk - p.pad
-        if self.g.dim() == 3:
-            g = F.pad(self.g[p.b, p.h0 : p.h1, p.start : stop].to(self.dtype), (0, p.pad))
-            return _Decay(g.unflatten(1, (p.chunks, self.chunk)), p.chunks, self.scale)
-        if (p.chunks, p.pad) not in self.kept:
-            g = self.g[p.h0 : p.h1, None].to(self.dtype).expand(-1, self.chunk)
-            if p.pad:
-                g = F.pad(g.repeat(1, p.chunks)[:, : stop - p.start], (0, p.pad)).unflatten(1, (p.chunks, self.chunk))
-            else:
-                g = g.unsqueeze(1)
-            self.kept[p.chunks, p.pad] = _Decay(g, p.chunks, self.scale)
-        return self.kept[p.chunks, p.pad]
 
-    def cut(self, x: Tensor, p: _Place) -> Tensor:
-        """(B, H or G, L, D) -> (n, T, C, D); tokens past the end are zeros, which change nothing."""
-        shared = self.heads // x.shape[1]
+class _Tokens:
+    """A tensor (B, H or G, L, D) of tokens by pieces (R, C, D)."""
+
+    def __init__(self, call: _Call, whole: Tensor, name: str = "") -> None:
+        self.call, self.whole, self.name = call, whole, name
+        self.direct = whole.dtype is call.dtype and whole.shape[1] == call.heads
+        # Where a piece is one head, all places in whole segments at once: many times cheaper than one by one.
+        self.full = call.length // call.span if self.direct and call.rows == 1 else 0
+        if self.full:
+            cut = whole[:, :, : self.full * call.span].unflatten(2, (self.full, call.count, call.chunk))
+            self.views = [[h.unbind() for h in b.unbind()] for b in cut.unbind()]
+
+    def at(self, p: _Place) -> Tensor:
+        """Its tokens; those past the end are zeros, which change nothing."""
+        if p.s < self.full:
+            return self.views[p.b][p.h0][p.s]
+        call, x = self.call, self.whole
+        shared = call.heads // x.shape[1]
         h1 = max(p.h0 // shared + 1, p.h1 // shared)
-        part = x[p.b, p.h0 // shared : h1, p.start : p.start + p.chunks * self.chunk].to(self.dtype)
+        tokens = p.chunks * call.chunk - p.pad
+        part = x[p.b, p.h0 // shared : h1, p.start : p.start + tokens].to(call.dtype)
         if p.h1 - p.h0 != part.shape[0]:
             part = part.repeat_interleave(shared, dim=0)
         if p.pad:
             part = F.pad(part, (0, 0, 0, p.pad))
-        return part.unflatten(1, (p.chunks, self.chunk))
+        return part.unflatten(1, (p.chunks, call.chunk)).flatten(0, 1)
 
-    def flat(self, x: Tensor, p: _Place) -> Tensor:
-        """(B, H or G, L, D) -> (R, C, D)."""
-        return self.cut(x, p).flatten(0, 1)
+    def room(self, p: _Place) -> Tensor:
+        """(R, C, D) to be filled and then `put`: the place in the tensor itself, where that can be."""
+        if p.s < self.full or self._whole_rows(p):
+            return self.at(p)
+        return self.call.buffer(self.name, self.whole, (p.h1 - p.h0) * p.chunks, self.call.chunk, self.whole.shape[-1])
 
-    def _direct(self, whole: Tensor, p: _Place) -> bool:
-        rows = p.h1 - p.h0 == 1 or p.chunks * self.chunk == self.length
-        return rows and not p.pad and whole.dtype is self.dtype and whole.shape[1] == self.heads
+    def _whole_rows(self, p: _Place) -> bool:
+        return self.direct and not p.pad and (p.h1 - p.h0 == 1 or p.chunks * self.call.chunk == self.call.length)
 
-    def room(self, name: str, whole: Tensor, p: _Place) -> Tensor:
-        """(R, C, D) to be filled and then `put`: the place in `whole` (B, H or G, L, D) itself, where that can be."""
-        if self._direct(whole, p):
-            return self.flat(whole, p)
-        return self.buffer(name, whole, (p.h1 - p.h0) * p.chunks, self.chunk, whole.shape[-1])
-
-    def put(self, whole: Tensor, part: Tensor, p: _Place) -> None:
+    def put(self, part: Tensor, p: _Place) -> None:
         """Write what `room` gave to its place; heads that share one are added up."""
-        if self._direct(whole, p):
+        if p.s < self.full or self._whole_rows(p):
             return
-        tokens = p.chunks * self.chunk - p.pad
+        tokens = p.chunks * self.call.chunk - p.pad
         part = part.view(p.h1 - p.h0, -1, part.shape[-1])[:, :tokens]
-        if whole.shape[1] == self.heads:
-            whole[p.b, p.h0 : p.h1, p.start : p.start + tokens] = part
+        if self.whole.shape[1] == self.call.heads:
+            self.whole[p.b, p.h0 : p.h1, p.start : p.start + tokens] = part
             return
-        first = p.h0 // self.shared
-        part = part.unflatten(0, (-1, min(self.shared, p.h1 - p.h0))).sum(1)
-        whole[p.b, first : first + part.shape[0], p.start : p.start + tokens] += part
+        first = p.h0 // self.call.shared
+        part = part.unflatten(0, (-1, min(self.call.shared, p.h1 - p.h0))).sum(1)
+        self.whole[p.b, first : first + part.shape[0], p.start : p.start + tokens] += part
+
+
+class _Room:
+    """What is made of n heads and T chunks, in memory that every such piece uses again, with its views at hand.
+
+    Attributes:
+        read: (R, C, K) queries as they read the state before their chunk.
+        kept: (R, C, K) keys as they enter the state behind it.
+        a, da: (R, C, C) weights and their gradients.
+        new: (n, T + 1, K, V) what each chunk adds to the state, and the state it is added to.
+        states: (n, T + 1, K, V) the state as each chunk reads it, and behind the last.
+        ends: (n, T + 1, K, V) gradients of the state before the piece and behind each chunk.
+    """
+
+    def __init__(self, call: _Call, q: Tensor, v: Tensor, n: int, count: int) -> None:
+        rows, chunk, width = n * count, call.chunk, q.shape[3]
+        self.n, self.count = n, count
+        self.read, self.kept = (call.buffer(name, v, rows, chunk, width) for name in ("read", "kept"))
+        self.a, self.da = (call.buffer(name, v, rows, chunk, chunk) for name in ("a", "da"))
+        size = (n, count + 1, width, v.shape[3])
+        self.states, self.ends = (call.buffer(name, v, *size) for name in ("states", "ends"))
+        self.spare = call.buffer("spare", v, max(self.states.numel(), self.read.numel()))
+        self.new = self.spare[: self.states.numel()].view(size)
+        self.turned = {name: getattr(self, name).mT for name in ("read", "kept", "a", "da")}
+        self.last, self.first = self.states[:, -1], self.ends[:, 0]
+        self.forth = _Way(self.new[:, 0], self.new[:, 1:], self.new.flatten(2), self.states.flatten(2))
+        self.back = _Way(self.new[:, -1], self.new[:, :-1], self.new.flatten(2), self.ends.flatten(2))
+        self.chunks = self.states[:, :-1], self.ends[:, 1:]
+        # Of one head they are no copies.
+        self.flat = tuple(x.flatten(0, 1) for x in self.chunks) if n == 1 else None
+
+    def meet(self, x: Tensor, y: Tensor) -> Tensor:
+        """x · y, element by element, until the next call or `carry`."""
+        return torch.mul(x, y, out=self.spare[: x.numel()].view_as(x))
+
+    def before(self) -> Tensor:
+        """(R, K, V) the state as each chunk reads it."""
+        return self.chunks[0].flatten(0, 1) if self.flat is None else self.flat[0]
+
+    def behind(self) -> Tensor:
+        """(R, K, V) gradients of the state behind each chunk."""
+        return self.chunks[1].flatten(0, 1) if self.flat is None else self.flat[1]
+
+    def carry(self, way: _Way, left: Tensor, edge: Tensor, a: Tensor, b: Tensor) -> None:
+        """`states` or `ends`: left times the chunks' products of a and b, with the edge beside them."""
+        way.edge.copy_(edge)
+        if self.n == 1:
+            torch.bmm(a, b, out=way.new[0])
+        else:
+            way.new.copy_(torch.bmm(a, b).view_as(way.new))
+        torch.bmm(left, way.all, out=way.out)
+
+
+class _Way(NamedTuple):
+    """Places in the memory of a room, from the first chunk to the last or back."""
+
+    edge: Tensor
+    new: Tensor
+    all: Tensor
+    out: Tensor
 
 
 class _Piece:
     """How the tokens of one piece meet the state and each other.
 
     Attributes:
-        read: (R, C, K) queries as they read the state before their chunk.
-        kept: (R, C, K) keys as they enter the state behind it.
         x, y: (R, C, K) queries and keys whose products are the weights, before the mask.
     """
 
-    def __init__(self, call: _Call, q: Tensor, k: Tensor, p: _Place) -> None:
-        self.call, self.decay = call, call.decay(p)
-        self.rows, self.count = p.h1 - p.h0, p.chunks
-        queries, keys = call.cut(q, p), call.cut(k, p)
-        self.read, self.kept = self._times("read", queries, self.decay.up), self._times("kept", keys, self.decay.down)
-        self.x, self.y = self.read, self.kept
-        if self.decay.mask is not None:
-            self.x, self.y = queries.flatten(0, 1), keys.flatten(0, 1)
-
-    def _times(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
-        """(n, T, C, K) times factors (n, T or 1, C, 1) as (R, C, K), whatever the strides of x."""
-        return torch.mul(x, factor, out=self.call.buffer(name, x, *x.shape)).flatten(0, 1)
-
-    def meet(self, x: Tensor, y: Tensor) -> Tensor:
-        """x · y, element by element, until the next call."""
-        return torch.mul(x, y, out=self.call.buffer("met", x, *x.shape))
-
-    def scale(self, x: Tensor, factor: Tensor) -> Tensor:
-        """(R, C, …) times factors (n, T or 1, C, …), in place."""
-        x.view(self.rows, self.count, *x.shape[1:]).mul_(factor)
-        return x
+    def __init__(self, call: _Call, q: _Tokens, k: _Tokens, v: _Tokens, decays: _Decays, p: _Place) -> None:
+        self.room, self.decay, self.value = call.room(q.whole, v.whole, p), decays.at(p), v.at(p)
+        queries, keys = q.at(p), k.at(p)
+        torch.mul(queries, self.decay.up, out=self.room.read)
+        torch.mul(keys, self.decay.down, out=self.room.kept)
+        self.x, self.y = (self.room.read, self.room.kept) if self.decay.mask is None else (queries, keys)
 
     def masked(self, pairs: Tensor) -> Tensor:
         """(R, C, C) products of all pairs, in place: those read, with the mask's factors."""
-        return pairs.tril_() if self.decay.mask is None else self.scale(pairs, self.decay.mask)
+        if self.decay.mask is None:
+            return pairs.tril_()
+        pairs.view(self.room.n, self.room.count, *pairs.shape[1:]).mul_(self.decay.mask)
+        return pairs
 
     def weights(self) -> Tensor:
         """(R, C, C) what token i of a chunk reads from its token j <= i."""
-        return self.masked(self.call.product("weights", self.x, self.y.transpose(1, 2)))
+        turned = self.room.turned["kept"] if self.decay.mask is None else self.y.mT
+        return self.masked(torch.bmm(self.x, turned, out=self.room.a))
 
-    def states(self, first: Tensor, value: Tensor) -> Tensor:
-        """(n, T + 1, K, V) the state (n, K, V) as each chunk reads it, and behind the last."""
-        added = self.call.product("added", self.kept.transpose(1, 2), value)
-        left = self.decay.between
-        return self._carried("states", left[:, :, :1], first, left[:, :, 1:], added)
+    def states(self, first: Tensor) -> Tensor:
+        """(R, K, V) the state as each chunk reads it, from that before the piece, (n, K, V)."""
+        room = self.room
+        room.carry(room.forth, self.decay.between, first, room.turned["kept"], self.value)
+        return room.before()
 
     def ends(self, last: Tensor, d: Tensor) -> Tensor:
-        """(n, T + 1, K, V) gradients of the state before the piece and behind each chunk, from that of the last."""
-        reads = self.call.product("added", self.read.transpose(1, 2), d)
-        left = self.decay.between.transpose(1, 2)
-        return self._carried("ends", left[:, :, -1:], last, left[:, :, :-1], reads)
+        """(R, K, V) gradients of the state behind each chunk, from that of the state behind the piece, (n, K, V)."""
+        room = self.room
+        room.carry(room.back, self.decay.between.mT, last, room.turned["read"], d)
+        return room.behind()
 
-    def _carried(self, name: str, far: Tensor, edge: Tensor, left: Tensor, new: Tensor) -> Tensor:
-        rows, count = self.rows, self.count
-        found = self.call.buffer(name, new, rows, count + 1, edge[0].numel())
-        torch.mul(far, edge.reshape(rows, 1, -1), out=found)
-        found.baddbmm_(left, new.view(rows, count, -1))
-        return found.view(rows, count + 1, *edge.shape[1:])
+    def of_decay(self, dgs: _OfDecay, p: _Place, dread: Tensor, dkept: Tensor, before: Tensor, behind: Tensor) -> None:
+        """Sums over what is read and kept, the states, and the gradients of all, to their places."""
+        room = self.room
+        weighed = room.a.mul_(room.da)
+        # A token's own pair has no decay in it.
+        weighed.diagonal(dim1=1, dim2=2).zero_()
+        later = weighed.sum(2).sub_(weighed.sum(1)).add_(room.meet(room.read, dread).sum(2))
+        dgs.put(dgs.later, later, p)
+        dgs.put(dgs.earlier, room.meet(room.kept, dkept).sum(2), p)
+        dgs.put(dgs.through, room.meet(before, behind).sum((1, 2)), p)
+
+
+class _OfDecay:
+    """Gradients of the log-decays: those of token t are of all that is read or kept across it.
+
+    Attributes:
+        later: (B, H, S, T, C) of what the token reads, less what is read from it, in its chunk.
+        earlier: (B, H, S, T, C) of what is kept of the token behind its chunk.
+        through: (B, H, S, T) of what is left of the state over the chunk.
+    """
+
+    def __init__(self, call: _Call, like: Tensor) -> None:
+        self.length = call.length
+        shape = (call.batch, call.heads, call.segments, call.count)
+        make = partial(torch.zeros, dtype=call.dtype, device=like.device)
+        self.later, self.earlier, self.through = make((*shape, call.chunk)), make((*shape, call.chunk)), make(shape)
+
+    def put(self, whole: Tensor, part: Tensor, p: _Place) -> None:
+        place = whole[p.b, p.h0 : p.h1, p.s, : p.chunks]
+        place.copy_(part.view_as(place))
+
+    def all(self, decays: _Decays) -> Tensor:
+        """(B, H, L)."""
+        found = self.later.flip(-1).cumsum(-1).flip(-1)
+        found += F.pad(self.earlier[..., :-1], (1, 0)).cumsum(-1)
+        through = self.through.unsqueeze(-1)
+        found += through if decays.fall is None else through * decays.fall
+        return found.flatten(2)[..., : self.length]
 
 
 def _folded(x: Tensor) -> Tensor:
@@ -267,20 +387,21 @@ def _forward(
         initial = None if initial is None else _folded(initial)
         q, k, v = _folded(q), _folded(k), _folded(v)
     with torch.autocast(q.device.type, enabled=False):
-        call = _Call(q, v, g, scale)
+        call = _Call(q, v, scale)
+        decays = _Decays(g, call)
         out = v.new_empty(v.shape)
         starts = torch.empty(call.segments, *v.shape[:2], q.shape[3], v.shape[3], dtype=call.dtype, device=q.device)
         final = torch.empty(starts.shape[1:], dtype=call.dtype, device=q.device)
         final.copy_(torch.zeros_like(final) if initial is None else initial)
+        queries, keys, values, outs = _Tokens(call, q), _Tokens(call, k), _Tokens(call, v), _Tokens(call, out, "out")
         for place in call.places():
             state = final[place.b, place.h0 : place.h1]
             starts[place.s, place.b, place.h0 : place.h1] = state
-            p, value = _Piece(call, q, k, place), call.flat(v, place)
-            states = p.states(state, value)
-            here = torch.bmm(p.weights(), value, out=call.room("out", out, place))
-            here.baddbmm_(p.read, states[:, :-1].flatten(0, 1))
-            call.put(out, here, place)
-            state.copy_(states[:, -1])
+            p = _Piece(call, queries, keys, values, decays, place)
+            before = p.states(state)
+            here = torch.bmm(p.weights(), p.value, out=outs.room(place)).baddbmm_(p.room.read, before)
+            outs.put(here, place)
+            state.copy_(p.room.last)
         return out.view(*shape[:2], *out.shape[2:]), final.view(shape), starts.view(call.segments, *shape)
 
 
@@ -303,52 +424,45 @@ def _backward(
         starts = starts.flatten(1, 2).unsqueeze(1)
         dout, q, k, v = _folded(dout), _folded(q), _folded(k), _folded(v)
     with torch.autocast(q.device.type, enabled=False):
-        call = _Call(q, v, g, scale)
+        call = _Call(q, v, scale)
+        decays = _Decays(g, call)
         new = torch.empty if call.shared == 1 else torch.zeros
         dq, dk = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        dg = torch.empty(v.shape[:3] if of_decay else (0,), dtype=call.dtype, device=q.device)
         dstate = torch.zeros(starts.shape[1:], dtype=call.dtype, device=q.device)
         if dfinal is not None:
             dstate.copy_(dfinal)
+        queries, keys, values, douts = (_Tokens(call, x) for x in (q, k, v, dout))
+        dqs, dks, dvs = (_Tokens(call, x, name) for x, name in ((dq, "dq"), (dk, "dk"), (dv, "dv")))
+        dgs = _OfDecay(call, v) if of_decay else None
         for place in call.places(backwards=True):
-            at = (place.b, slice(place.h0, place.h1))
-            p = _Piece(call, q, k, place)
-            value, d = call.flat(v, place), call.flat(dout, place)
-            before = p.states(starts[place.s][at], value)[:, :-1].flatten(0, 1)
-            ends = p.ends(dstate[at], d)
-            dstate[at] = ends[:, 0]
-            behind = ends[:, 1:].flatten(0, 1)
-            a, da = p.weights(), call.product("dweights", d, value.transpose(1, 2))
-            dvalue = torch.bmm(a.transpose(1, 2), d, out=call.room("dv", dv, place))
-            call.put(dv, dvalue.baddbmm_(p.kept, behind), place)
-            dread = torch.bmm(d, before.transpose(1, 2), out=call.room("dq", dq, place))
-            dkept = torch.bmm(value, behind.transpose(1, 2), out=call.room("dk", dk, place))
-            if of_decay:
-                weighed = a.mul_(da)
-                # A token's own pair has no decay in it.
-                weighed.diagonal(dim1=1, dim2=2).zero_()
-                later = weighed.sum(2).sub_(weighed.sum(1)).add_(p.meet(p.read, dread).sum(2))
-                earlier = F.pad(p.meet(p.kept, dkept).sum(2)[:, :-1], (1, 0))
-                through = p.meet(before, behind).sum((1, 2)).unsqueeze(1)
-                if p.decay.fall is not None:
-                    p.scale(through, p.decay.fall)
-                part = later.flip(1).cumsum(1).flip(1).add_(earlier.cumsum(1)).add_(through)
-                room = call.room("dg", dg.unsqueeze(-1), place).copy_(part.unsqueeze(-1))
-                call.put(dg.unsqueeze(-1), room, place)
-            p.masked(da)
-            for dx, of, left, factor in ((dread, p.y, da, p.decay.up), (dkept, p.x, da.transpose(1, 2), p.decay.down)):
-                if p.decay.mask is not None:
-                    p.scale(dx, factor)
-                dx.baddbmm_(left, of)
+            heads = slice(place.h0, place.h1)
+            p, d = _Piece(call, queries, keys, values, decays, place), douts.at(place)
+            room, turned = p.room, p.room.turned
+            before, edge = p.states(starts[place.s, place.b, heads]), dstate[place.b, heads]
+            behind = p.ends(edge, d)
+            edge.copy_(room.first)
+            p.weights()
+            torch.bmm(d, p.value.mT, out=room.da)
+            dvalue = torch.bmm(turned["a"], d, out=dvs.room(place))
+            dvs.put(dvalue.baddbmm_(room.kept, behind), place)
+            dread = torch.bmm(d, before.mT, out=dqs.room(place))
+            dkept = torch.bmm(p.value, behind.mT, out=dks.room(place))
+            if dgs is not None:
+                p.of_decay(dgs, place, dread, dkept, before, behind)
+            da = p.masked(room.da)
+            for dx, of, left, factor in ((dread, p.y, da, p.decay.up), (dkept, p.x, turned["da"], p.decay.down)):
                 if p.decay.mask is None:
-                    p.scale(dx, factor)
-            call.put(dq, dread, place)
-            call.put(dk, dkept, place)
-        if of_decay and fixed:
-            dg = dg.view(shapes[2][:3]).sum((0, 2))
+                    dx.baddbmm_(left, of).mul_(factor)
+                else:
+                    dx.mul_(factor).baddbmm_(left, of)
+            dqs.put(dread, place)
+            dks.put(dkept, place)
+        dg = g.new_empty(0) if dgs is None else dgs.all(decays)
+        if dgs is not None and fixed:
+            dg = dg.reshape(shapes[2][:3]).sum((0, 2))
         found = (dq, dk, dv, dg.to(g.dtype), dstate)
-        return tuple(x.view(shape) for x, shape in zip(found, shapes))  # type: ignore[return-value]
+        return tuple(x.reshape(shape) for x, shape in zip(found, shapes))  # type: ignore[return-value]
 
 
 _op = torch.library.custom_op(
