@@ -48,6 +48,7 @@ APP = App(
     file_suffixes=FILE_SUFFIXES,
     check_file="attn_eeg.data.corpus:check_file",
     predict_options=PredictOptions,
+    commands={"audit": ("attn_eeg.audit:main", "show how much a split flatters: 1-NN and LDA beside unseen subjects")},
     trainer_defaults=_trainer,
     optim_defaults=_optim,
 )

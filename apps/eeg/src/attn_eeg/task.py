@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,6 +75,8 @@ class EegTask(Task):
         args = data_args(config)
         corpus = load_corpus(config.data, args)
         prepared = prepare(args, corpus, state=state, seed=config.seed)
+        if prepared.warning and state is None:
+            print(f"WARNING, this split leaks: {prepared.warning}", file=sys.stderr)
         return DataBundle(
             train=prepared.train,
             val=prepared.val,
