@@ -164,6 +164,16 @@ def test_windows_with_samples_that_are_no_numbers_are_left_out(features: str) ->
         assert torch.isfinite(tensors(holed, part)["x"]).all()
 
 
+def test_windows_of_unknown_class_are_left_out() -> None:
+    data = corpus()
+    data.recordings[3].label = -1
+    data.recordings[4].labels = np.repeat([-1, 0], 1280)
+    prepared = prepare(config(), data, 0)
+    every = [tensors(prepared, part)["y"] for part in ("train", "val", "test")]
+    assert torch.cat(every).min() == 0
+    assert sum(map(len, every)) == 108 - 9 - 5  # of the fifth recording four are unknown and one changes within
+
+
 def test_flat_electrodes_and_flat_recordings_give_numbers() -> None:
     data = corpus()
     data.recordings[0].data[2] = 0.0
