@@ -16,7 +16,7 @@ from attn_shared.errors import UserError
 
 
 def load(card: DataCard, args: EegDataConfig) -> Corpus:
-    """Label "task": rest (as much from its beginning as the subject's task lasts) against arithmetic, two recordings a
+    """Label "task": rest (its end, as long as the subject's task lasts) against arithmetic, two recordings a
     subject. Label "quality": bad or good at counting, the task's recording of each subject.
     """
     label = args.label or "task"
@@ -37,7 +37,7 @@ def load(card: DataCard, args: EegDataConfig) -> Corpus:
                 channels = [electrode(str(name)) for name in found["channels"]]
         except Exception as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}); get it anew") from None
-        parts["rest"] = parts["rest"][:, : parts["task"].shape[1]]
+        parts["rest"] = parts["rest"][:, -parts["task"].shape[1] :]
         for number, (trial, data) in enumerate(parts.items()):
             if label == "quality" and trial == "rest":
                 continue

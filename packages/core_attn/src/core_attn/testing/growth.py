@@ -115,6 +115,12 @@ def exponent(figures: Sequence[float]) -> float:
     return math.log2(figures[-1] / figures[-2])
 
 
+def rising_exponent(figures: Sequence[float]) -> float:
+    """The same of what each doubling adds: lower orders, which hide the highest at short lengths, weigh less."""
+    added, before = figures[-1] - figures[-2], figures[-2] - figures[-3]
+    return math.log2(added / before) if added > 0 < before else exponent(figures)
+
+
 def expected_exponent(growth: Growth, length: int) -> float:
     """What `exponent` would be for exactly this order when lengths end at `length`."""
     if growth is Growth.LOGLINEAR:
