@@ -15,6 +15,8 @@ from attn_shared.app import App, DataCard, DataFile, load
 from attn_shared.download import download, readable, sha256
 from attn_shared.errors import UserError
 
+_MOST_NAMES = 4  # files that a sentence lists
+
 
 def data_root() -> Path:
     """The data folder: $ATTN_DATA, by default `data` in the current directory."""
@@ -98,7 +100,8 @@ def how_to_get(card: DataCard, files: Sequence[DataFile]) -> str:
         steps += [f"download {file.url} to {folder(card) / file.path}" for file in urls]
     rest = [file for file in files if not file.url]
     if rest:
-        names = ", ".join(str(folder(card) / file.path) for file in rest)
+        names = ", ".join(str(folder(card) / file.path) for file in rest[:_MOST_NAMES])
+        names += f" and {len(rest) - _MOST_NAMES} more files like these" if len(rest) > _MOST_NAMES else ""
         steps.append(f"{card.manual or f'get it from {card.source}'}, so that there is {names}")
     sentence = "; ".join(steps)
     if urls:

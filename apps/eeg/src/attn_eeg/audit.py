@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attn_eeg.data.options import EegDataConfig
 from attn_shared import options
@@ -137,7 +137,7 @@ def audit(data: str, args: EegDataConfig) -> dict[str, Any]:
     args = dataclasses.replace(args, val=0.0, keep=1.0, balance="none")
     corpus = load_corpus(data, args)
     people = len({recording.subject for recording in corpus.recordings})
-    split = "subject" if people > 1 else "blocked"
+    split: Literal["subject", "blocked"] = "subject" if people > 1 else "blocked"
     usual = dataclasses.replace(
         args, split=split, folds=min(args.folds or people, people) if split == "subject" else args.folds or 6
     )

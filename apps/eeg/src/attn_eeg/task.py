@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -26,7 +26,7 @@ from attn_eeg.published import published
 from attn_shared.app import load
 from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
-from attn_shared.task import DataBundle, Task
+from attn_shared.task import DataBundle, Picture, Task
 
 _READ_SAMPLES = ("eegnet",)
 _BATCH = 512
@@ -155,6 +155,13 @@ class EegTask(Task):
     def published(self) -> list[dict[str, Any]]:
         state, args = self.data_state, data_args(self.config)
         return published(self.config.data, state["label"], len(state["classes"]), args.split)
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    def pictures(self, bundle: DataBundle) -> Iterable[Picture]:
+        from attn_eeg.plots import pictures
+
+        return pictures(self, bundle)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # Positions of the 10-20, 10-10 and 10-5 systems are letters of a line and a number or z.
 _LINE_NAMES = (
@@ -38,3 +39,11 @@ def is_eeg(name: str) -> bool:
     kind = re.match(r"^(ECG|EKG|EOG|EMG|RESP|MISC|STIM)", text, flags=re.IGNORECASE)
     bare = re.sub(r"^EEG[\s:_-]*", "", text, flags=re.IGNORECASE).strip(" .:_")
     return kind is None and _NOT_EEG.match(bare.upper()) is None
+
+
+def standard_montage() -> Any:
+    """Places of the electrodes of the 10-05 system on a head, as MNE has them; it calls one montage by two names."""
+    import mne
+
+    known = mne.channels.get_builtin_montages()
+    return mne.channels.make_standard_montage("colin27_1005" if "colin27_1005" in known else "standard_1005")

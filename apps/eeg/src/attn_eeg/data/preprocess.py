@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import signal
 
-from attn_eeg.data.channels import electrode
+from attn_eeg.data.channels import electrode, standard_montage
 from attn_eeg.data.options import EegDataConfig
 from attn_eeg.data.recording import Recording
 from attn_shared.errors import UserError
@@ -253,10 +253,7 @@ def _interpolate(
             f"{_name(recording)} lacks {len(lacking)} of the {len(names)} electrodes ({', '.join(lacking)}): "
             "too many to compute from their neighbours"
         )
-    known_montages = mne.channels.get_builtin_montages()  # the one montage has two names, by version
-    montage = mne.channels.make_standard_montage(
-        "colin27_1005" if "colin27_1005" in known_montages else "standard_1005"
-    )
+    montage = standard_montage()
     spelling = {name.lower(): name for name in montage.ch_names}
     unplaced = [name for name in lacking if place(name) not in spelling]
     if unplaced:
