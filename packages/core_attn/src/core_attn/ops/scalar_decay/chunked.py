@@ -11,8 +11,7 @@ more, the first would leave the range of floats, and the weights take the matrix
 never positive. The sums of the log-decays are kept as multiples of 1/16, which are exact, and small rests, so that
 differences of large sums have all their digits.
 
-Backward makes weights and states again. The gradient of the log-decays needs none of the exponentials: a decay of token
-t has its part in every weight of i >= t for j < t, and in what is left of the state.
+Backward makes weights and states again.
 
 Shapes: pieces of n heads and T chunks of C tokens, R = n·T; K and V channels of a key and a value; G heads of queries
 and keys.
@@ -75,7 +74,7 @@ class _Decays:
         self.fixed, self.rows = g.dim() == 1, call.rows
         if self.fixed:
             g = g[None, :, None].expand(-1, -1, call.length)
-        g = F.pad(g.to(call.dtype), (0, call.segments * call.span - call.length)).clamp_(min=_FLOOR[call.dtype])
+        g = F.pad(g.to(call.dtype), (0, call.segments * call.span - call.length)).clamp(min=_FLOOR[call.dtype])
         g = g.unflatten(2, (call.segments, call.count, call.chunk))
         coarse = (g * 16).round_().div_(16)
         self.sums = coarse.cumsum(-1), (g - coarse).cumsum(-1)
@@ -92,11 +91,12 @@ class _Decays:
         # What is left of the state over a chunk, where `between` does not have it already.
         self.fall = _exp(*(e - x for e, x in zip(ends, kept))) if deep.any() else None
         self.scale = call.scale
-        self.masks: dict[tuple[int, ...], Tensor] = {}
+        self.masks: dict[int, Tensor] = {}
         self.parts = (up, down, between)
-        self.views = [
-            [list(zip(*(x.unbind() for x in h))) for h in zip(*(x.unbind() for x in b))] for b in zip(*self.parts)
-        ]
+        if self.rows == 1:  # all places at once: many times cheaper than one by one
+            self.views = [
+                [list(zip(*(x.unbind() for x in h))) for h in zip(*(x.unbind() for x in b))] for b in zip(*self.parts)
+            ]
 
     def at(self, p: _Place) -> _Decay:
         b = 0 if self.fixed else p.b
@@ -114,12 +114,11 @@ class _Decays:
             return _Decay(up, down, between, None)
         # A fixed decay makes all whole chunks alike.
         one = self.fixed and not p.pad
-        key = (p.h0,) if one else (p.h0, p.b, p.s)
-        mask = self.masks.get(key)
+        mask = self.masks.get(p.h0) if one else None
         if mask is None:
             mask = _falls(*(x[b, p.h0 : p.h1, p.s, : 1 if one else p.chunks] for x in self.sums)).mul_(self.scale)
-            if one:
-                self.masks[key] = mask
+        if one:
+            self.masks[p.h0] = mask
         return _Decay(up, down, between, mask)
 
 
@@ -250,19 +249,24 @@ class _Room:
         self.a, self.da = (call.buffer(name, v, rows, chunk, chunk) for name in ("a", "da"))
         size = (n, count + 1, width, v.shape[3])
         self.states, self.ends = (call.buffer(name, v, *size) for name in ("states", "ends"))
+        self.new = call.buffer("new", v, *size)
         self.spare = call.buffer("spare", v, max(self.states.numel(), self.read.numel()))
-        self.new = self.spare[: self.states.numel()].view(size)
+        reads = self.spare[: self.states.numel()].view(size)
         self.turned = {name: getattr(self, name).mT for name in ("read", "kept", "a", "da")}
         self.last, self.first = self.states[:, -1], self.ends[:, 0]
         self.forth = _Way(self.new[:, 0], self.new[:, 1:], self.new.flatten(2), self.states.flatten(2))
-        self.back = _Way(self.new[:, -1], self.new[:, :-1], self.new.flatten(2), self.ends.flatten(2))
-        self.chunks = self.states[:, :-1], self.ends[:, 1:]
+        self.back = _Way(reads[:, -1], reads[:, :-1], reads.flatten(2), self.ends.flatten(2))
+        self.chunks = self.states[:, :-1], self.ends[:, 1:], self.new[:, 1:]
         # Of one head they are no copies.
         self.flat = tuple(x.flatten(0, 1) for x in self.chunks) if n == 1 else None
 
     def meet(self, x: Tensor, y: Tensor) -> Tensor:
-        """x · y, element by element, until the next call or `carry`."""
-        return torch.mul(x, y, out=self.spare[: x.numel()].view_as(x))
+        """x · y, element by element, until the next call or piece."""
+        return torch.mul(x, y, out=self.place(x))
+
+    def place(self, x: Tensor) -> Tensor:
+        """Memory for something like x, until the next call or piece."""
+        return self.spare[: x.numel()].view_as(x)
 
     def before(self) -> Tensor:
         """(R, K, V) the state as each chunk reads it."""
@@ -271,6 +275,10 @@ class _Room:
     def behind(self) -> Tensor:
         """(R, K, V) gradients of the state behind each chunk."""
         return self.chunks[1].flatten(0, 1) if self.flat is None else self.flat[1]
+
+    def added(self) -> Tensor:
+        """(R, K, V) what each chunk adds to the state."""
+        return self.chunks[2].flatten(0, 1) if self.flat is None else self.flat[2]
 
     def carry(self, way: _Way, left: Tensor, edge: Tensor, a: Tensor, b: Tensor) -> None:
         """`states` or `ends`: left times the chunks' products of a and b, with the edge beside them."""
@@ -329,43 +337,65 @@ class _Piece:
         room.carry(room.back, self.decay.between.mT, last, room.turned["read"], d)
         return room.behind()
 
-    def of_decay(self, dgs: _OfDecay, p: _Place, dread: Tensor, dkept: Tensor, before: Tensor, behind: Tensor) -> None:
-        """Sums over what is read and kept, the states, and the gradients of all, to their places."""
-        room = self.room
-        weighed = room.a.mul_(room.da)
-        # A token's own pair has no decay in it.
-        weighed.diagonal(dim1=1, dim2=2).zero_()
-        later = weighed.sum(2).sub_(weighed.sum(1)).add_(room.meet(room.read, dread).sum(2))
-        dgs.put(dgs.later, later, p)
-        dgs.put(dgs.earlier, room.meet(room.kept, dkept).sum(2), p)
-        dgs.put(dgs.through, room.meet(before, behind).sum((1, 2)), p)
-
 
 class _OfDecay:
-    """Gradients of the log-decays: those of token t are of all that is read or kept across it.
+    """Gradients of the log-decays: that of token t is of all that is read or kept across it.
+
+    With the products P_i of a token's query and Q_i of its key with their gradients, it is the sum of P_i - Q_i from t
+    to the end of the chunk, and the product of the state there with its gradient. In P_i - Q_i a token's own weight,
+    which has no decay in it, cancels but for its rounding. Where decays are strong that would be all there is: there
+    each pair of tokens is counted by itself.
 
     Attributes:
-        later: (B, H, S, T, C) of what the token reads, less what is read from it, in its chunk.
-        earlier: (B, H, S, T, C) of what is kept of the token behind its chunk.
-        through: (B, H, S, T) of what is left of the state over the chunk.
+        later: (B, H, S, T, C) P_i - Q_i; or of what the token reads, less what is read from it, in its chunk.
+        earlier: (B, H, S, T, C) zeros; or of what is kept of the token behind its chunk.
+        through: (B, H, S, T) of the state behind the chunk; or of what is left of the state over the chunk.
     """
 
-    def __init__(self, call: _Call, like: Tensor) -> None:
-        self.length = call.length
+    def __init__(self, call: _Call, like: Tensor, decays: _Decays) -> None:
+        self.length, self.fall = call.length, decays.fall
         shape = (call.batch, call.heads, call.segments, call.count)
         make = partial(torch.zeros, dtype=call.dtype, device=like.device)
-        self.later, self.earlier, self.through = make((*shape, call.chunk)), make((*shape, call.chunk)), make(shape)
+        self.later, self.through = make((*shape, call.chunk)), make((*shape, 1))
+        self.earlier = None if self.fall is None else make((*shape, call.chunk))
+        self.single = call.rows == 1
+        if self.single:
+            parts = zip(self.later, self.through)
+            self.views = [[list(zip(*(x.unbind() for x in h))) for h in zip(*(x.unbind() for x in b))] for b in parts]
 
-    def put(self, whole: Tensor, part: Tensor, p: _Place) -> None:
-        place = whole[p.b, p.h0 : p.h1, p.s, : p.chunks]
-        place.copy_(part.view_as(place))
+    def near(self, piece: _Piece, p: _Place, dx: Tensor, dy: Tensor) -> None:
+        """Where decays are weak, from the gradients of x and y."""
+        room = piece.room
+        difference = room.meet(room.read, dx).addcmul_(room.kept, dy, value=-1)
+        if self.single:
+            later, through = (x[: p.chunks] for x in self.views[p.b][p.h0][p.s])
+            torch.sum(difference, 2, out=later)
+        else:
+            later, through = (x[p.b, p.h0 : p.h1, p.s, : p.chunks] for x in (self.later, self.through))
+            later.copy_(difference.sum(2).view_as(later))
+        before = room.before()
+        state = torch.add(before, room.added(), out=room.place(before)).mul_(room.behind())
+        through.copy_(state.flatten(1).sum(1).view_as(through))
 
-    def all(self, decays: _Decays) -> Tensor:
+    def far(self, piece: _Piece, p: _Place, dread: Tensor, dkept: Tensor) -> None:
+        """Where decays are strong, from the gradients of what is read and kept."""
+        assert self.earlier is not None
+        room = piece.room
+        weighed = room.a.mul_(room.da)
+        weighed.diagonal(dim1=1, dim2=2).zero_()
+        later = weighed.sum(2).sub_(weighed.sum(1)).add_(room.meet(room.read, dread).sum(2))
+        earlier = room.meet(room.kept, dkept).sum(2)
+        through = room.meet(room.before(), room.behind()).sum((1, 2))
+        for whole, part in ((self.later, later), (self.earlier, earlier), (self.through, through)):
+            place = whole[p.b, p.h0 : p.h1, p.s, : p.chunks]
+            place.copy_(part.view_as(place))
+
+    def whole(self) -> Tensor:
         """(B, H, L)."""
         found = self.later.flip(-1).cumsum(-1).flip(-1)
-        found += F.pad(self.earlier[..., :-1], (1, 0)).cumsum(-1)
-        through = self.through.unsqueeze(-1)
-        found += through if decays.fall is None else through * decays.fall
+        if self.earlier is not None:
+            found += F.pad(self.earlier[..., :-1], (1, 0)).cumsum(-1)
+        found += self.through if self.fall is None else self.through * self.fall
         return found.flatten(2)[..., : self.length]
 
 
@@ -434,7 +464,7 @@ def _backward(
             dstate.copy_(dfinal)
         queries, keys, values, douts = (_Tokens(call, x) for x in (q, k, v, dout))
         dqs, dks, dvs = (_Tokens(call, x, name) for x, name in ((dq, "dq"), (dk, "dk"), (dv, "dv")))
-        dgs = _OfDecay(call, v) if of_decay else None
+        dgs = _OfDecay(call, v, decays) if of_decay else None
         for place in call.places(backwards=True):
             heads = slice(place.h0, place.h1)
             p, d = _Piece(call, queries, keys, values, decays, place), douts.at(place)
@@ -448,17 +478,21 @@ def _backward(
             dvs.put(dvalue.baddbmm_(room.kept, behind), place)
             dread = torch.bmm(d, before.mT, out=dqs.room(place))
             dkept = torch.bmm(p.value, behind.mT, out=dks.room(place))
-            if dgs is not None:
-                p.of_decay(dgs, place, dread, dkept, before, behind)
-            da = p.masked(room.da)
-            for dx, of, left, factor in ((dread, p.y, da, p.decay.up), (dkept, p.x, turned["da"], p.decay.down)):
-                if p.decay.mask is None:
-                    dx.baddbmm_(left, of).mul_(factor)
-                else:
-                    dx.mul_(factor).baddbmm_(left, of)
+            if p.decay.mask is None:
+                dread.baddbmm_(room.da.tril_(), room.kept)
+                dkept.baddbmm_(turned["da"], room.read)
+                if dgs is not None:
+                    dgs.near(p, place, dread, dkept)
+                dread.mul_(p.decay.up)
+                dkept.mul_(p.decay.down)
+            else:
+                if dgs is not None:
+                    dgs.far(p, place, dread, dkept)
+                dread.mul_(p.decay.up).baddbmm_(p.masked(room.da), p.y)
+                dkept.mul_(p.decay.down).baddbmm_(turned["da"], p.x)
             dqs.put(dread, place)
             dks.put(dkept, place)
-        dg = g.new_empty(0) if dgs is None else dgs.all(decays)
+        dg = g.new_empty(0) if dgs is None else dgs.whole()
         if dgs is not None and fixed:
             dg = dg.reshape(shapes[2][:3]).sum((0, 2))
         found = (dq, dk, dv, dg.to(g.dtype), dstate)
