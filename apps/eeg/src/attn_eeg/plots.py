@@ -60,8 +60,8 @@ def pictures(task: EegTask, bundle: DataBundle) -> Iterator[Picture]:
             name="electrodes",
             caption="Attention between electrodes, mean over test windows, heads and layers. Left: a row for each "
             "electrode that reads, a column for each that is read. Right: the disc of an electrode is as large as "
-            f"what all others read of it; the {_LINES} strongest pairs are lines. Evenly spread it would be 1/{len(weights)} "
-            "everywhere.",
+            f"what all others read of it; the {_LINES} strongest pairs are lines. Evenly spread it would be "
+            f"1/{len(weights)} everywhere.",
             figure=attention_head(weights, windows.channels),
         )
     maps = band_maps(task, windows if windows.features else None)

@@ -201,7 +201,8 @@ class RawWindows(WindowSet):
     def values(self, index: Tensor) -> Tensor:
         channels, total = self.signal.shape
         views = self.signal.as_strided((channels, total - self.length + 1, self.length), (total, 1, 1))
-        x = views.index_select(1, self.starts[index]).transpose(0, 1)
+        # Not index_select: it would first copy the view, every sample as many times as windows could hold it.
+        x = views[:, self.starts[index]].transpose(0, 1)
         if self.normalize != "none":
             x = torch.from_numpy(standardise(x.numpy().astype(np.float64), self.normalize)).float()
         whose = index if len(self.mean) > 1 else torch.zeros_like(index)
