@@ -39,6 +39,13 @@ _LEAST = {torch.float32: 1e-30, torch.float64: 1e-290}
 _FLOOR = {torch.float32: -120.0, torch.float64: -800.0}
 
 
+def _views(x: Tensor) -> list[Tensor]:
+    """(B, H, S, …) -> its B·H·S parts, all at once: many times cheaper than one by one."""
+    if x.is_contiguous():
+        return [*x.flatten(0, 2).unbind()]
+    return [part for b in x.unbind() for h in b.unbind() for part in h.unbind()]
+
+
 class _Place(NamedTuple):
     """Heads h0 … h1 - 1 of sample b, `chunks` chunks of segment s from token `start` on, of which `pad` are missing."""
 
@@ -92,19 +99,17 @@ class _Decays:
         self.fall = _exp(*(e - x for e, x in zip(ends, kept))) if deep.any() else None
         self.scale = call.scale
         self.masks: dict[int, Tensor] = {}
-        self.parts = (up, down, between)
-        if self.rows == 1:  # all places at once: many times cheaper than one by one
-            self.views = [
-                [list(zip(*(x.unbind() for x in h))) for h in zip(*(x.unbind() for x in b))] for b in zip(*self.parts)
-            ]
+        self.parts = (up, down, between.unsqueeze(-3))
+        self.stride = call.heads, call.segments
+        self.views = [*zip(*(_views(x) for x in self.parts))] if self.rows == 1 else []
 
     def at(self, p: _Place) -> _Decay:
         b = 0 if self.fixed else p.b
         if self.rows == 1:
-            up, down, between = self.views[b][p.h0][p.s]
-            between = between.unsqueeze(0)
+            up, down, between = self.views[(b * self.stride[0] + p.h0) * self.stride[1] + p.s]
         else:
             up, down, between = (x[b, p.h0 : p.h1, p.s] for x in self.parts)
+            between = between.squeeze(1)
         if p.chunks != between.shape[-1] - 1:
             up, down = (x.narrow(-3, 0, p.chunks) for x in (up, down))
             between = between[:, : p.chunks + 1, : p.chunks + 1]
@@ -186,16 +191,16 @@ class _Tokens:
     def __init__(self, call: _Call, whole: Tensor, name: str = "") -> None:
         self.call, self.whole, self.name = call, whole, name
         self.direct = whole.dtype is call.dtype and whole.shape[1] == call.heads
-        # Where a piece is one head, all places in whole segments at once: many times cheaper than one by one.
+        # Where a piece is one head, its whole segments.
         self.full = call.length // call.span if self.direct and call.rows == 1 else 0
         if self.full:
             cut = whole[:, :, : self.full * call.span].unflatten(2, (self.full, call.count, call.chunk))
-            self.views = [[h.unbind() for h in b.unbind()] for b in cut.unbind()]
+            self.views = _views(cut)
 
     def at(self, p: _Place) -> Tensor:
         """Its tokens; those past the end are zeros, which change nothing."""
         if p.s < self.full:
-            return self.views[p.b][p.h0][p.s]
+            return self.views[(p.b * self.call.heads + p.h0) * self.full + p.s]
         call, x = self.call, self.whole
         shared = call.heads // x.shape[1]
         h1 = max(p.h0 // shared + 1, p.h1 // shared)
@@ -246,7 +251,8 @@ class _Room:
         rows, chunk, width = n * count, call.chunk, q.shape[3]
         self.n, self.count = n, count
         self.read, self.kept = (call.buffer(name, v, rows, chunk, width) for name in ("read", "kept"))
-        self.a, self.da = (call.buffer(name, v, rows, chunk, chunk) for name in ("a", "da"))
+        self.pairs = call.buffer("pairs", v, 2, rows, chunk, chunk)
+        self.a, self.da = self.pairs.unbind()
         size = (n, count + 1, width, v.shape[3])
         self.states, self.ends = (call.buffer(name, v, *size) for name in ("states", "ends"))
         self.new = call.buffer("new", v, *size)
@@ -322,8 +328,12 @@ class _Piece:
 
     def weights(self) -> Tensor:
         """(R, C, C) what token i of a chunk reads from its token j <= i."""
+        return self.masked(self.products())
+
+    def products(self) -> Tensor:
+        """(R, C, C) of all queries with all keys of a chunk."""
         turned = self.room.turned["kept"] if self.decay.mask is None else self.y.mT
-        return self.masked(torch.bmm(self.x, turned, out=self.room.a))
+        return torch.bmm(self.x, turned, out=self.room.a)
 
     def states(self, first: Tensor) -> Tensor:
         """(R, K, V) the state as each chunk reads it, from that before the piece, (n, K, V)."""
@@ -359,23 +369,26 @@ class _OfDecay:
         self.later, self.through = make((*shape, call.chunk)), make((*shape, 1))
         self.earlier = None if self.fall is None else make((*shape, call.chunk))
         self.single = call.rows == 1
-        if self.single:
-            parts = zip(self.later, self.through)
-            self.views = [[list(zip(*(x.unbind() for x in h))) for h in zip(*(x.unbind() for x in b))] for b in parts]
+        self.stride = call.heads, call.segments
+        self.views = [*zip(_views(self.later), _views(self.through))] if self.single else []
 
     def near(self, piece: _Piece, p: _Place, dx: Tensor, dy: Tensor) -> None:
         """Where decays are weak, from the gradients of x and y."""
         room = piece.room
         difference = room.meet(room.read, dx).addcmul_(room.kept, dy, value=-1)
         if self.single:
-            later, through = (x[: p.chunks] for x in self.views[p.b][p.h0][p.s])
+            place = (p.b * self.stride[0] + p.h0) * self.stride[1] + p.s
+            later, through = (x[: p.chunks] for x in self.views[place])
             torch.sum(difference, 2, out=later)
         else:
             later, through = (x[p.b, p.h0 : p.h1, p.s, : p.chunks] for x in (self.later, self.through))
             later.copy_(difference.sum(2).view_as(later))
         before = room.before()
-        state = torch.add(before, room.added(), out=room.place(before)).mul_(room.behind())
-        through.copy_(state.flatten(1).sum(1).view_as(through))
+        state = torch.add(before, room.added(), out=room.place(before)).mul_(room.behind()).flatten(1)
+        if self.single:
+            torch.sum(state, 1, keepdim=True, out=through)
+        else:
+            through.copy_(state.sum(1).view_as(through))
 
     def far(self, piece: _Piece, p: _Place, dread: Tensor, dkept: Tensor) -> None:
         """Where decays are strong, from the gradients of what is read and kept."""
@@ -472,14 +485,18 @@ def _backward(
             before, edge = p.states(starts[place.s, place.b, heads]), dstate[place.b, heads]
             behind = p.ends(edge, d)
             edge.copy_(room.first)
-            p.weights()
+            p.products()
             torch.bmm(d, p.value.mT, out=room.da)
+            if p.decay.mask is None:
+                room.pairs.tril_()
+            else:
+                p.masked(room.a)
             dvalue = torch.bmm(turned["a"], d, out=dvs.room(place))
             dvs.put(dvalue.baddbmm_(room.kept, behind), place)
             dread = torch.bmm(d, before.mT, out=dqs.room(place))
             dkept = torch.bmm(p.value, behind.mT, out=dks.room(place))
             if p.decay.mask is None:
-                dread.baddbmm_(room.da.tril_(), room.kept)
+                dread.baddbmm_(room.da, room.kept)
                 dkept.baddbmm_(turned["da"], room.read)
                 if dgs is not None:
                     dgs.near(p, place, dread, dkept)
