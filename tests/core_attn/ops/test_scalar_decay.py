@@ -124,11 +124,12 @@ def test_forms_are_the_definition(fixed: bool, kind: str, backend: str) -> None:
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 3), (2, 6), (1, 20), (20, 1)], ids=str)
 @pytest.mark.parametrize("fixed", [False, True], ids=["each token", "fixed"])
 def test_many_segments(sizes: tuple[int, int], fixed: bool) -> None:
-    """Segments of many chunks, with batches and heads taken one by one or several at once."""
+    """Segments of many chunks, with batches and heads taken one by one or several at once; weak and strong decays."""
     batch, heads = sizes
     for length in (1024, 1100, 2050) if batch * heads < 4 else (64, 100):
         for groups in {1, heads}:
-            leaves = inputs(length, "weak", fixed=fixed, batch=batch, heads=heads, groups=groups, width=3, values=2)
+            kind = "all" if length % 1024 else "weak"
+            leaves = inputs(length, kind, fixed=fixed, batch=batch, heads=heads, groups=groups, width=3, values=2)
             found, right = with_gradients(leaves, backend="torch"), with_gradients(leaves, backend="recurrent")
             for a, b in zip(found, right, strict=True):
                 assert error(a, b) < 1e-12
@@ -292,6 +293,31 @@ def test_65536_tokens(kind: str) -> None:
     tail = call([*(x[:, :, -100:] for x in double), state], backend="reference")
     assert error(found[0][:, :, -100:].double(), tail[0]) < 1e-5
     assert error(found[1].double(), tail[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["weak", "strong"])
+def test_65536_tokens_in_bfloat16(kind: str) -> None:
+    """Finite, and the definition of the rounded inputs up to one rounding of each result; the state in float32."""
+    low = cast(inputs(65_536, kind, batch=1, heads=1, width=8, values=8)[:4], torch.bfloat16)
+    found = with_gradients(low, backend="torch")
+    assert found[1].dtype is torch.float32
+    for a, b in zip(found, with_gradients(cast(low, torch.float64), backend="torch"), strict=True):
+        assert a.isfinite().all()
+        assert error(a.double(), b) < 5e-3
+
+
+def test_single_strong_decays_among_weak_ones() -> None:
+    """Their gradients are nearly nothing, and stay so beside the large ones of all others."""
+    leaves = inputs(200, "weak", width=32, values=32)
+    strong = torch.rand(leaves[3].shape) < 0.02
+    leaves[3] = leaves[3].detach().masked_fill(strong, -30.0).requires_grad_()
+    given = cast(leaves, torch.float32)
+    right = with_gradients(cast(given, torch.float64), backend="reference")
+    for a, b in zip(with_gradients(given, backend="torch"), right, strict=True):
+        assert error(a.double(), b) < 1e-5
+    of_decay = with_gradients(given, backend="torch")[5]
+    assert of_decay.abs().max() > 10
+    assert of_decay[strong].abs().max() < 1e-3
 
 
 def test_bfloat16_keeps_its_state_in_float32() -> None:
