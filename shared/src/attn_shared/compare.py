@@ -17,7 +17,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,12 @@ def _lines(app: App, cells: Sequence[Cell]) -> list[Line]:
                 error=error,
             )
         )
-    trained = {line.model for line in lines}
+    return lines + _rows_beside(cells, {line.model for line in lines})
+
+
+def _rows_beside(cells: Sequence[Cell], trained: Collection[str]) -> list[Line]:
+    """Baselines and published figures of all runs."""
+    lines: list[Line] = []
     for kind, name in (("baseline", "baselines"), ("published", "published")):
         # Other models' runs with the same seed repeat a row; other seeds may have other data, and so other figures.
         found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}

@@ -313,3 +313,33 @@ def test_own_settings_are_kept_and_named(world: Any, stub: Stub) -> None:
     equal = compare(world.app, mix, mixers=["flow"], models=["mix", "zero"], output=world.root / "equal")
     assert (stub.trained[-1].data_args.length, stub.trained[-1].trainer.max_epochs) == (12, 2)
     assert "same budget (2 epochs at most, batches of 32)" in (equal / "comparison.md").read_text()
+
+
+def test_baselines_gather_their_figures_over_seeds() -> None:
+    def cell(seed: int, model: str, *baselines: dict[str, Any]) -> module.Cell:
+        config = RunConfig(app="sums", model=model, model_args=None, data="sums", data_args=None, seed=seed)
+        results = {"splits": {"test": {"mse": 1.0}}, "baselines": list(baselines)}
+        return module.Cell(config=config, mixer=None, digest="", results=results, error="")
+
+    same = {"model": "zero", "mse": 4.0, "mae": float("nan")}
+    cells = [
+        cell(0, "a", same, {"model": "linear", "mse": 1.0}),
+        cell(1, "a", same, {"model": "linear", "mse": 2.0}),
+        cell(0, "b", same, {"model": "linear", "mse": 1.0}),
+        cell(1, "b", same, {"model": "linear", "mse": 2.0}, {"model": "late", "mse": 3.0}),
+    ]
+    found = {line.model: line for line in module._rows_beside(cells, {"a", "b"})}
+    assert found["linear"].metrics == {"mse": [1.0, 2.0]}  # a value a seed, not a run
+    assert found["zero"].metrics["mse"] == [4.0]  # no seed changes it
+    assert found["late"].metrics == {"mse": [3.0]}
+    assert not module._rows_beside(cells, {"a", "zero", "linear", "late"})
+
+
+def test_protocols_of_seeds_are_told_in_one() -> None:
+    assert module.merged(["fold 2 of 6, 1,180 windows", "fold 10 of 6, 990 windows"]) == (
+        "fold 2-10 of 6, 990-1,180 windows"
+    )
+    assert module.merged(["step 0.5 s", "step 2.25 s"]) == "step 0.5-2.25 s"
+    assert module.merged(["a", "a"]) == "a"
+    assert module.merged(["a 1", "b 1"]) == "a 1; b 1"
+    assert module.merged([]) == ""

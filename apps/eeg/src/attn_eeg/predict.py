@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from attn_eeg.data.options import EegDataConfig
 from attn_eeg.data.pipeline import encode
 from attn_eeg.data.readers import SUFFIXES, read_file
 from attn_eeg.data.windows import WindowSet
@@ -48,35 +49,50 @@ def predict_files(task: EegTask, inputs: Sequence[Path], output: Path, options: 
         if stems.count(stem) > 1:
             raise UserError(f"two inputs are called {stem!r} and would write the same file; rename one")
     written: list[Path] = []
-    failed: list[str] = []
+    failed: dict[Path, str] = {}
     for path in paths:
         try:
-            recording = read_file(path, channels=args.channels, rate=args.rate)
-            windows, notes = encode([recording], args, task.data_state, stride=stride or None, interpolate=interpolate)
-            target = output / f"{path.stem}_classes.csv"
-            probability = classify(task, windows)
-            write_atomically(target, table(windows, probability))
+            target = _predict(task, path, args, output, stride, interpolate)
         except UserError as error:
-            failed.append(str(error))
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        extra = [name for name in recording.channels if name not in windows.channels]
-        if extra:
-            notes.append(f"not used: {', '.join(extra)}")
-        if args.scale == "subject" and len(windows) < _FEW:
-            notes.append(
-                f"each recording is scaled by its own windows, and {len(windows)} are few to know its level from"
-            )
-        counts = np.bincount(probability.argmax(axis=1), minlength=len(windows.classes))
-        said = ", ".join(f"{name} {count:,}" for name, count in zip(windows.classes, counts))
-        print(f"{path.name}: {len(windows):,} windows ({said})", file=sys.stderr)
-        for note in dict.fromkeys(notes):
-            print(f"{path.name}: {note.removeprefix(f'{path}: ')}", file=sys.stderr)
-        written.append(target)
+            failed[path] = str(error)
+            if len(paths) > 1:
+                print(f"left out: {error}", file=sys.stderr)
+        else:
+            written.append(target)
+    if len(failed) == 1:
+        raise UserError(next(iter(failed.values())) + (f"; the other files were done ({output})" if written else ""))
     if failed:
-        done = f"; the other {len(written)} were written to {output}" if written else ""
-        raise UserError(f"{'; '.join(failed)}{done}")
+        names = ", ".join(path.name for path in failed)
+        raise UserError(f"{len(failed)} of {len(paths)} files could not be classified, for the reasons above: {names}")
     return written
+
+
+def _predict(task: EegTask, path: Path, args: EegDataConfig, output: Path, stride: float, interpolate: bool) -> Path:
+    """Write the CSV of one file and say on stderr what was found; the CSV."""
+    recording = read_file(path, channels=args.channels, rate=args.rate)
+    wanted = task.data_state["chain"]["channels"]
+    try:
+        windows, notes = encode([recording], args, task.data_state, stride=stride or None, interpolate=interpolate)
+    except UserError as error:
+        if interpolate or set(wanted) <= set(recording.channels):
+            raise
+        raise UserError(f"{error}; --interpolate true computes up to a third of all from their neighbours") from None
+    probability = classify(task, windows)
+    target = output / f"{path.stem}_classes.csv"
+    write_atomically(target, table(windows, probability))
+    if recording.sfreq != windows.sfreq:
+        notes.append(f"resampled from {recording.sfreq:g} to {windows.sfreq:g} Hz")
+    extra = [name for name in recording.channels if name not in wanted]
+    if extra:
+        notes.append(f"not used, as the model does not know them: {', '.join(extra)}")
+    if args.scale == "subject" and len(windows) < _FEW:
+        notes.append(f"a recording is scaled by its own windows, and {len(windows)} are few to know its level from")
+    counts = np.bincount(probability.argmax(axis=1), minlength=len(windows.classes))
+    said = ", ".join(f"{name} {count:,}" for name, count in zip(windows.classes, counts))
+    print(f"{path.name}: {len(windows):,} windows ({said})", file=sys.stderr)
+    for note in dict.fromkeys(notes):
+        print(f"{path.name}: {note.removeprefix(f'{path}: ')}", file=sys.stderr)
+    return target
 
 
 def _files(inputs: Sequence[Path]) -> list[Path]:
