@@ -116,7 +116,7 @@ def state_of(card: DataCard) -> str:
     if card.synthetic:
         return "synthetic"
     if card.embedded or not card.files:
-        return "built in"
+        return "by hand" if card.manual and not card.embedded else "built in"
     here = sum((folder(card) / file.path).is_file() for file in card.files)
     if here == len(card.files):
         return "here" if all(_wrong_size(card, file) is None for file in card.files) else "damaged"

@@ -27,7 +27,8 @@ class EegDataConfig:
         window: length of a window, seconds.
         stride: seconds between the starts of windows, in evaluation.
         train_stride: the same for training windows; 0 = as `stride`.
-        features: what the model gets of a window: "bde" = band differential entropy, (C, bands); "raw" = the samples.
+        features: what the model gets of a window: "bde" = band differential entropy, (C, bands); "raw" = the samples,
+            which EEGNet gets in any case.
         bands: names and edges in Hz of the bands, "name:low-high,...".
         band_order: order of the Butterworth band filters inside a window.
         band_causal: those filters forward only, as published; False = zero phase.
