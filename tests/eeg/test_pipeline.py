@@ -52,7 +52,7 @@ def corpus(subjects: int = 6, seconds: float = 20.0, sfreq: float = 128.0, seed:
 
 
 def config(**args: Any) -> EegDataConfig:
-    return EegDataConfig(**{"folds": 3, "stride": 2.0, **args})
+    return EegDataConfig(**{"folds": 3, "stride": 2.0, "normalize": "array", **args})
 
 
 def tensors(prepared: Prepared, part: str = "train") -> dict[str, torch.Tensor]:
@@ -119,6 +119,17 @@ def test_train_stride_adds_windows_to_training_only() -> None:
     assert few.train is not None
     assert many.train is not None
     assert set(few.train.meta.subject) == set(many.train.meta.subject)
+
+
+def test_a_label_of_the_subject_makes_a_split_by_trial_leak() -> None:
+    """Two recordings of each subject: with a label each the split is sound, with one for both it is not."""
+    data = corpus()
+    assert len({r.subject for r in data.recordings}) * 2 <= len(data.recordings)
+    assert prepare(config(split="trial", folds=3), data, 0).warning == ""
+    for recording in data.recordings:
+        recording.label = int(sorted({r.subject for r in data.recordings}).index(recording.subject) % 2)
+    assert "every subject has one label" in prepare(config(split="trial", folds=3), data, 0).warning
+    assert prepare(config(split="subject", folds=3), data, 0).warning == ""
 
 
 def test_published_stride_is_117_samples() -> None:
@@ -471,9 +482,9 @@ def test_on_eegmat_random_windows_fool_a_nearest_neighbour_and_subjects_do_not()
     from attn_eeg.data.corpus import load_corpus
 
     options = {
-        "random": EegDataConfig(split="random", folds=5, shuffle=23, stride=0.9140625, val=0.0),
-        "subject": EegDataConfig(val=0.0),
-        "own": EegDataConfig(val=0.0, scale="subject"),
+        "random": EegDataConfig(split="random", folds=5, shuffle=23, stride=0.9140625, val=0.0, normalize="array"),
+        "subject": EegDataConfig(val=0.0, normalize="array"),
+        "own": EegDataConfig(val=0.0, normalize="array", scale="subject"),
     }
     data = load_corpus("eegmat", options["subject"])
     found: dict[str, list[float]] = {}

@@ -153,6 +153,9 @@ def test_warnings() -> None:
     assert "random split" in leaks(args(split="random", stride=1.0))
     assert "overlap by 75%" in leaks(args(split="random", stride=1.0))
     assert "overlap" not in leaks(args(split="random"))
+    for level, leaking in (("subject", {"trial", "session"}), ("session", {"trial"}), ("", set())):
+        for how in ("subject", "session", "trial"):
+            assert bool(leaks(args(split=how), constant=True, one_label=level)) == (how in leaking)
     assert leaks(args(split="blocked"), constant=True)
     for kind in ("subject", "session", "trial", "blocked"):
         assert leaks(args(split=kind)) == ""

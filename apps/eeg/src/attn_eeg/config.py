@@ -11,7 +11,21 @@ from attn_shared.app import ModelCard
 
 
 @dataclass(kw_only=True)
-class RBTransformerConfig:
+class LossConfig:
+    """What every model's training loss may do against overfitting to few subjects.
+
+    Attributes:
+        label_smoothing: share of a label's weight that is spread over all classes.
+        mixup: train on means of pairs of windows and of their labels, weighted by a draw from Beta(mixup, mixup)
+            ("mixup: Beyond Empirical Risk Minimization", Zhang et al. 2018); 0 = on windows as they are.
+    """
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+
+
+@dataclass(kw_only=True)
+class RBTransformerConfig(LossConfig):
     """RBTransformer (S19).
 
     Attributes:
@@ -21,7 +35,6 @@ class RBTransformerConfig:
         head_dim: channels of one of its heads; heads * head_dim need not be embed_dim.
         mlp_hidden_dim: width of the feed-forward layers.
         dropout: probability, of attention weights too.
-        label_smoothing: share of a label's weight that is spread over all classes in the training loss.
     """
 
     embed_dim: int = 128
@@ -34,35 +47,27 @@ class RBTransformerConfig:
 
 
 @dataclass(kw_only=True)
-class MLPConfig:
+class MLPConfig(LossConfig):
     """Features of all electrodes in one vector, then linear layers: a control without tokens.
 
     Attributes:
         hidden: width of the hidden layers.
         depth: number of hidden layers.
         dropout: probability after each hidden layer.
-        label_smoothing: share of a label's weight that is spread over all classes in the training loss.
     """
 
     hidden: int = 128
     depth: int = 2
     dropout: float = 0.3
-    label_smoothing: float = 0.0
 
 
 @dataclass(kw_only=True)
-class LinearConfig:
-    """Logistic regression on the features of all electrodes.
-
-    Attributes:
-        label_smoothing: share of a label's weight that is spread over all classes in the training loss.
-    """
-
-    label_smoothing: float = 0.0
+class LinearConfig(LossConfig):
+    """Logistic regression on the features of all electrodes; see `LossConfig`."""
 
 
 @dataclass(kw_only=True)
-class EEGNetConfig:
+class EEGNetConfig(LossConfig):
     """EEGNet, fourth version of the paper: EEGNet-8,2.
 
     Attributes:
@@ -76,7 +81,6 @@ class EEGNetConfig:
         max_norm: largest norm of a spatial filter.
         norm_rate: largest norm of a class's weights in the last layer.
         dropout: probability; the paper takes 0.5 within subjects and 0.25 across subjects.
-        label_smoothing: share of a label's weight that is spread over all classes in the training loss.
     """
 
     F1: int = 8
@@ -89,7 +93,6 @@ class EEGNetConfig:
     max_norm: float = 1.0
     norm_rate: float = 0.25
     dropout: float = 0.25
-    label_smoothing: float = 0.0
 
 
 MODELS: dict[str, ModelCard] = {

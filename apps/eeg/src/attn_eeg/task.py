@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,9 @@ class EegTask(Task):
         self.smoothing = float(getattr(config.model_args, "label_smoothing", 0.0))
         if not 0 <= self.smoothing < 1:
             raise UserError(f"model_args.label_smoothing must be at least 0 and below 1, got {self.smoothing:g}")
+        self.mixup = float(getattr(config.model_args, "mixup", 0.0))
+        if not 0 <= self.mixup < math.inf:
+            raise UserError(f"model_args.mixup must be 0 or more, got {self.mixup:g}")
         weights = data_state["class_weights"]
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
@@ -94,9 +98,13 @@ class EegTask(Task):
         return logits
 
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        target = batch["y"]
+        if self.mixup:
+            x, target = mixed(batch["x"], F.one_hot(target, self.shape.classes).to(batch["x"].dtype), self.mixup)
+            batch = {**batch, "x": x}
         logits = self.forward_batch(batch)
         weight = None if self.class_weights is None else self.class_weights.to(logits.dtype)
-        return F.cross_entropy(logits, batch["y"], weight=weight, label_smoothing=self.smoothing)
+        return F.cross_entropy(logits, target, weight=weight, label_smoothing=self.smoothing)
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
@@ -178,6 +186,17 @@ def data_args(config: RunConfig) -> EegDataConfig:
         balance = "none" if args.balance == "smote" else args.balance
         return dataclasses.replace(args, features="raw", balance=balance)
     return args
+
+
+def mixed(x: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Each window with another of the batch, and their targets (B, K) alike; the larger share stays with the window."""
+    share = torch.distributions.Beta(alpha, alpha).sample((len(x),)).to(x)
+    share = torch.maximum(share, 1 - share)
+    other = torch.randperm(len(x), device=x.device)
+    return (
+        torch.lerp(x[other], x, share.view(-1, *[1] * (x.dim() - 1))),
+        torch.lerp(target[other], target, share.unsqueeze(1)),
+    )
 
 
 def batches(windows: WindowSet) -> Iterator[dict[str, Tensor]]:

@@ -32,8 +32,8 @@ class EegDataConfig:
         bands: names and edges in Hz of the bands, "name:low-high,...".
         band_order: order of the Butterworth band filters inside a window.
         band_causal: those filters forward only, as published; False = zero phase.
-        normalize: how a window is standardised before its bands are filtered: "array" = by one mean and deviation of
-            all its electrodes (the published code), "channel" = each electrode by its own (the paper's text), "none".
+        normalize: how a window is standardised before its bands are filtered: "channel" = each electrode by its own
+            mean and deviation (the paper's text), "array" = all electrodes by one (the published code), "none".
         baseline: subtract the features of the recording's baseline where it has one.
         scale: how features are standardised: "global" = each by its mean and deviation over the training windows;
             "subject" = each subject's by that subject's own windows, test subjects included (no labels are used, but
@@ -67,7 +67,7 @@ class EegDataConfig:
     bands: str = PAPER_BANDS
     band_order: int = 5
     band_causal: bool = True
-    normalize: Literal["array", "channel", "none"] = "array"
+    normalize: Literal["array", "channel", "none"] = "channel"
     baseline: bool = True
     scale: Literal["global", "subject", "none"] = "global"
     split: Literal["subject", "session", "trial", "blocked", "random"] = "subject"

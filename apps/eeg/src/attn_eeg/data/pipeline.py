@@ -183,7 +183,7 @@ def prepare(
     if scaler is None:
         scaler = _fit_scaler(parts["train"], args, length)
     constant = all(recording.labels is None for recording in corpus.recordings)
-    warning = "" if elsewhere else leaks(args, constant=constant)
+    warning = "" if elsewhere else leaks(args, constant=constant, one_label=_one_label(corpus) if constant else "")
     subjects = sorted({recording.subject for recording in corpus.recordings})
     sets = {
         name: _window_set(part, scaler, args, chain, length, subjects, corpus.classes)
@@ -588,6 +588,17 @@ def _identity(corpus: Corpus) -> str:
     """Tells one data set from another: its name, and whose recordings of what length it holds."""
     facts = [(*_id(r), r.data.shape[-1], r.sfreq) for r in corpus.recordings]
     return f"{corpus.name}:{hashlib.blake2b(json.dumps(facts, default=str).encode(), digest_size=8).hexdigest()}"
+
+
+def _one_label(corpus: Corpus) -> str:
+    """ "subject" or "session" where each of several has one label in all of its several recordings, else ""."""
+    for level, of in (("subject", lambda r: (r.subject,)), ("session", lambda r: (r.subject, r.session))):
+        labels: dict[tuple[str, ...], list[int]] = {}
+        for recording in corpus.recordings:
+            labels.setdefault(of(recording), []).append(recording.label)
+        if all(len(set(own)) == 1 for own in labels.values()) and any(len(own) > 1 for own in labels.values()):
+            return level
+    return ""
 
 
 def _no_window(corpus: Corpus, args: EegDataConfig, part: str, parts: Mapping[str, _Part]) -> str:

@@ -79,11 +79,12 @@ def split(meta: Meta, args: EegDataConfig, fold: int) -> tuple[np.ndarray, np.nd
     return _by_group(meta, args, fold)
 
 
-def leaks(args: EegDataConfig, *, constant: bool = False) -> str:
+def leaks(args: EegDataConfig, *, constant: bool = False, one_label: str = "") -> str:
     """Why figures of this split say nothing about new recordings; empty where it lets nothing through.
 
     Args:
         constant: every recording has one label throughout, so that recognising the recording is knowing its label.
+        one_label: "subject" or "session" where each of them has one label in all its recordings.
     """
     if args.split == "random":
         overlap = max(0.0, 1 - args.stride / args.window)
@@ -96,6 +97,11 @@ def leaks(args: EegDataConfig, *, constant: bool = False) -> str:
         return (
             "every recording has one label and lies on both sides of this split: a model that recognises the recording "
             "scores high and has learnt nothing of the class"
+        )
+    if args.split in {"subject": ("trial", "session"), "session": ("trial",)}.get(one_label, ()):
+        return (
+            f"every {one_label} has one label and is on both sides of this split: a model that recognises the "
+            f"{one_label} scores high and has learnt nothing of the class"
         )
     return ""
 
