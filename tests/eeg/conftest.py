@@ -12,7 +12,7 @@ import pytest
 from attn_eeg.cli import main
 
 SMALL = ["--model_args.depth", "1", "--model_args.embed_dim", "16", "--model_args.heads", "2"]
-SHORT = ["--trainer.max_epochs", "6", "--trainer.accelerator", "cpu", "--trainer.progress", "false"]
+SHORT = ["--preset", "none", "--trainer.max_epochs", "6", "--trainer.accelerator", "cpu", "--trainer.progress", "false"]
 
 
 @pytest.fixture(scope="session")
