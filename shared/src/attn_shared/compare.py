@@ -500,7 +500,10 @@ class _Table:
             )
         else:
             said.append(f"Every model trained here had the same budget ({_budget(self.config)}) and the same data.")
-        said[-1] += " The best epoch was chosen on the validation split."
+        if any(cell.results["splits"].get("val") for cell in self.cells if cell.results):
+            said[-1] += " The best epoch was chosen on the validation split."
+        else:
+            said[-1] += " There was no validation split, so the last epoch was taken."
         if any(line.cost for line in self.lines):
             cost = next(line.cost for line in self.lines if line.cost)
             said.append(
