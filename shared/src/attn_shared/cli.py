@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_shared import options
-from attn_shared.app import App, ModelCard, load
+from attn_shared.app import App, Kind, ModelCard, load
 from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import UserError
 from attn_shared.options import Option, Parsed
@@ -68,7 +68,7 @@ def _overview(app: App) -> str:
     lines = [f"  {name:{width}}  {text}" for name, text in commands.items()]
     examples = [
         "train",
-        f"train --model {app.default_model} --data {app.default_data} --trainer.max_epochs 5",
+        *(f"train --model {kind.default_model} --data {kind.default_data}" for kind in app.kinds),
         f"eval runs/{app.name}/…/<time>",
     ]
     return "\n".join(
@@ -115,14 +115,16 @@ def _train(app: App, argv: list[str]) -> int:
 
 
 def _resume(app: App, parsed: Parsed) -> int:
-    known = [option.name for option in options.run_options(app, app.default_model, app.default_data)]
+    known = _all_names(app)
     source = parsed.take("resume")
     options.check_options(Parsed(options=[("resume", source or "")]), ["resume"])
     if source == options.MISSING:
         raise UserError("--resume needs a run folder")
     names = [name for name in known if name.startswith("trainer.")]
     for name, _ in parsed.options:
-        if name not in names and (name in known or name.startswith(("model_args.", "data_args.", "mixer_args"))):
+        if name not in names and (
+            name in known or name.startswith(("model_args.", "data_args.", "task_args.", "mixer_args"))
+        ):
             raise UserError(f"--{name} cannot change when a run is resumed; only --trainer options can")
     show = parsed.take("print_config")
     options.check_options(parsed, names)
@@ -208,19 +210,22 @@ def _print_config(config: RunConfig) -> int:
 
 def _run_help(app: App, argv: Sequence[str], command: str, text: str, extra: Sequence[tuple[str, str]]) -> int:
     named = options.split([token for token in argv if token not in ("-h", "--help")], flags=["print_config"])
-    model = (_names(named.last("model")) or [app.default_model])[0]
-    data = named.last("data") or app.default_data
+    chosen = next(iter(_names(named.last("model"))), None)
+    model, data, kind = app.defaults(chosen, named.last("data"), named.last("kind"))
     card = app.model(model)
     print(f"usage: {app.name} {command} [options]\n\n{text}\n\noptions:")
     _print_options(extra)
     groups: dict[str, list[Option]] = {}
-    for option in options.run_options(app, model, data):
+    for option in options.run_options(app, model, data, kind):
         if command == "compare" and option.name in ("model", "mixer"):
             continue
         groups.setdefault(option.name.partition(".")[0] if "." in option.name else "", []).append(option)
     _print_options([_entry(option) for option in groups.pop("")])
     titles = {"model_args": f"options of the model {card.name} (--model NAME shows another's)"}
-    titles |= {"data_args": "options of the data", "trainer": "training", "optim": "optimiser"}
+    titles |= {"data_args": "options of the data", "task_args": "options of the task"}
+    titles |= {"trainer": "training", "optim": "optimiser"}
+    if app.several:
+        titles["data_args"] += f" ({kind.name}: {kind.title}; --data NAME shows another kind's)"
     for head, members in groups.items():
         print(f"\n{titles.get(head, head)}:")
         _print_options([_entry(option) for option in members])
@@ -324,15 +329,22 @@ def _eval(app: App, argv: list[str]) -> int:
 
 def _override_names(app: App) -> list[str]:
     """What may differ from training when a trained model is evaluated."""
-    every = options.run_options(app, app.default_model, app.default_data)
-    return [
-        option.name for option in every if option.name.startswith(("trainer.", "data_args.")) or option.name == "data"
-    ]
+    parts = ("trainer.", "data_args.", "task_args.")
+    return [name for name in _all_names(app) if name.startswith(parts) or name == "data"]
+
+
+def _all_names(app: App) -> list[str]:
+    """Every option of a run, of whatever kind, but those of one model."""
+    every = [option for kind in app.kinds for option in options.run_options(app, *_of_kind(kind))]
+    return list(dict.fromkeys(option.name for option in every if not option.name.startswith("model_args.")))
+
+
+def _of_kind(kind: Kind) -> tuple[str, str, Kind]:
+    return kind.default_model, kind.default_data, kind
 
 
 def _predict(app: App, argv: list[str]) -> int:
-    own = list(options.dataclass_options("", app.predict_options)) if app.predict_options else []
-    own = [Option(o.name.lstrip("."), o.type, o.default, o.help) for o in own]
+    own = list({option.name: option for kind in app.kinds for option in _predict_options(kind)}.values())
     if _wants_help(argv):
         print(
             f"usage: {app.name} predict RUN INPUT… --output DIR [options]\n\n"
@@ -358,13 +370,22 @@ def _predict(app: App, argv: list[str]) -> int:
             raise UserError(f"there is no file {file}")
     names = {option.name for option in own}
     given = [(name, text) for name, text in parsed.options if name in names]
-    chosen = options.typed(own, {}, [f"--{name}={text}" for name, text in given])
     overrides = {name: text for name, text in parsed.options if name not in names}
     from attn_shared import trainer
 
+    if app.several:
+        kind = trainer.saved_kind(app, Path(source))
+        own = _predict_options(kind)
+        options.check_options(Parsed(options=given), [option.name for option in own])
+    chosen = options.typed(own, {}, [f"--{name}={text}" for name, text in given])
     for path in trainer.predict(app, Path(source), inputs, Path(output), options=chosen, overrides=overrides):
         print(path)
     return 0
+
+
+def _predict_options(kind: Kind) -> list[Option]:
+    own = options.dataclass_options("", kind.predict_options) if kind.predict_options else ()
+    return [Option(option.name.lstrip("."), option.type, option.default, option.help) for option in own]
 
 
 def _source(parsed: Parsed, command: str) -> str:
@@ -421,11 +442,16 @@ def _models(app: App, argv: list[str]) -> int:
     if argv:
         _describe_model(app, app.model(argv[0]))
         return 0
+    head = ["name", "year", "source", "mixer", "trainable", *(["does"] if app.several else []), "paper"]
     rows = [
-        (c.name, str(c.year or "-"), c.source, c.mixer or "-", "yes" if c.trainable else "no", c.title)
+        [
+            *(c.name, str(c.year or "-"), c.source, c.mixer or "-", "yes" if c.trainable else "no"),
+            *([_does(app, c)] if app.several else []),
+            c.title,
+        ]
         for c in app.models.values()
     ]
-    print(table(("name", "year", "source", "mixer", "trainable", "paper"), rows))
+    print(table(head, rows))
     return 0
 
 
@@ -436,6 +462,7 @@ def _describe_model(app: App, card: ModelCard) -> None:
         "mixer": f"{card.mixer or 'none'}"
         + (f"; takes any that computes {', '.join(card.mixer_patterns)}" if card.mixer_patterns else ""),
         "trainable": "yes" if card.trainable else "no",
+        "does": _does(app, card) if app.several else "",
         "note": card.note,
     }
     print(card.name)
@@ -444,6 +471,10 @@ def _describe_model(app: App, card: ModelCard) -> None:
             print(f"  {name:10} {text}")
     print("\noptions:")
     _print_options([_entry(option) for option in options.dataclass_options("model_args", card.config)])
+
+
+def _does(app: App, card: ModelCard) -> str:
+    return ", ".join(kind.name for kind in app.kinds if app.does(card.name, kind))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

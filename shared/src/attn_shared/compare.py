@@ -134,7 +134,7 @@ def compare(
     for number, cell in enumerate(cells, 1):
         _say(f"[{number}/{len(cells)}] {_title(cell)}, seed {cell.config.seed}")
         _train_or_reuse(app, cell, store)
-    task_class = trainer.task_class(app)
+    task_class = trainer.task_class(app, config)
     lines = _lines(app, cells)
     table = _Table(app, task_class, config, cells, lines)
     write_atomically(output / f"{NAME}.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False))
@@ -194,7 +194,7 @@ def _of_model(app: App, config: RunConfig, card: ModelCard) -> RunConfig:
     """`config` for another model: the same data and budget, its own options."""
     if card.name == config.model:
         return config
-    named = options.Parsed(options=[("data", config.data)])
+    named = options.Parsed(options=[("data", config.data), *([("kind", config.kind)] if config.kind else [])])
     usual = options.resolve(app, named, model=config.model)
     own = options.resolve(app, named, model=card.name)
     return dataclasses.replace(
@@ -202,6 +202,7 @@ def _of_model(app: App, config: RunConfig, card: ModelCard) -> RunConfig:
         model_args=_changed(own.model_args, usual.model_args, config.model_args),
         optim=_changed(own.optim, usual.optim, config.optim),
         data_args=config.data_args,
+        task_args=config.task_args,
         trainer=config.trainer,
         mixer_args=config.mixer_args,
         seed=config.seed,

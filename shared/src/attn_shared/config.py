@@ -99,11 +99,13 @@ class RunConfig:
     Attributes:
         app: the application's name.
         model: name of the model; `model_args` is its own dataclass.
-        data: name of a data set or path of a file of one's own; `data_args` is the app's data dataclass.
+        data: name of a data set or path of a file of one's own; `data_args` is the dataclass of its kind's options.
         mixer: name of the attention mechanism; None = the paper's own.
         mixer_args: options of the mechanism.
         seed: decides weights, order of samples, augmentation and dropout.
         runs: folder under which run folders are made.
+        kind: kind of task, in an app that has several.
+        task_args: dataclass of the kind's further options, such as its loss; None where it has none.
     """
 
     app: str
@@ -117,11 +119,17 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0
     runs: str = "runs"
+    kind: str | None = None
+    task_args: Any = None
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """`config` in plain dictionaries, lists, strings and numbers, as YAML and JSON hold them."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """`config` in plain dictionaries, lists, strings and numbers, as YAML and JSON hold them.
+
+    What only some apps have is left out where there is none.
+    """
+    values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None or name not in ("kind", "task_args")}
 
 
 def _plain(value: Any) -> Any:

@@ -129,11 +129,13 @@ def state_of(card: DataCard) -> str:
 
 def list_data(app: App) -> str:
     """The text of `data list`: every data set, whether it is here, and how one's own files must look."""
-    rows = [("NAME", "STATE", "SIZE", "TITLE")]
-    rows += [(card.name, state_of(card), card.size, card.title) for card in app.datasets.values()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    rows = [["NAME", *(["KIND"] if app.several else []), "STATE", "SIZE", "TITLE"]]
+    for card in app.datasets.values():
+        kind = [app.kind(card.name).name] if app.several else []
+        rows.append([card.name, *kind, state_of(card), card.size, card.title])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [f"Data sets of {app.name}, looked up under {_root()} (set ATTN_DATA to change)", ""]
-    lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip() for row in rows]
+    lines += ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]).rstrip() for row in rows]
     lines += ["", f"`{app.name} data fetch NAME` downloads and verifies, `{app.name} data check NAME` verifies."]
     if app.file_formats:
         lines += ["", "Files of your own", textwrap.fill(" ".join(app.file_formats.split()), 100)]

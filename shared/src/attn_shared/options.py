@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from attn_shared.app import App
+from attn_shared.app import App, Kind
 from attn_shared.config import OptimConfig, RunConfig, TrainerConfig
 from attn_shared.errors import UserError
 from core_attn.naming import nearest
@@ -34,6 +34,7 @@ _HELP = {
     "mixer": "attention mechanism in place of the model's own; `core-attn list` shows them",
     "seed": "decides weights, order of samples, augmentation and dropout",
     "runs": "folder under which run folders are made",
+    "kind": "kind of task; follows from --data, and need be given only for a file that would suit several",
 }
 
 
@@ -175,19 +176,22 @@ def dataclass_options(prefix: str, cls: type, defaults: Any = None) -> Iterator[
             yield Option(f"{prefix}.{f.name}", kind, default, texts.get(f.name, ""))
 
 
-def run_options(app: App, model: str, data: str) -> list[Option]:
+def run_options(app: App, model: str, data: str, kind: Kind) -> list[Option]:
     """Every option of a run of `model`; `mixer_args` apart, which are free."""
     card = app.model(model)
+    names = "|".join(each.name for each in app.kinds)
     return [
         Option("model", str, model, _HELP["model"], metavar="NAME"),
         Option("data", str, data, _HELP["data"], metavar="NAME_OR_PATH"),
+        *([Option("kind", str | None, kind.name, _HELP["kind"], metavar=names)] if app.several else []),
         Option("mixer", str | None, None, f"{_HELP['mixer']} (its own: {card.mixer or 'none'})", metavar="NAME"),
         Option("seed", int, 0, _HELP["seed"]),
         Option("runs", str, "runs", _HELP["runs"], metavar="DIR"),
         *dataclass_options("model_args", card.config),
-        *dataclass_options("data_args", app.data_config),
-        *dataclass_options("trainer", TrainerConfig, app.trainer_defaults()),
-        *dataclass_options("optim", OptimConfig, app.optim_defaults()),
+        *dataclass_options("data_args", kind.data_config),
+        *(dataclass_options("task_args", kind.task_config) if kind.task_config else ()),
+        *dataclass_options("trainer", TrainerConfig, kind.trainer_defaults()),
+        *dataclass_options("optim", OptimConfig, kind.optim_defaults()),
     ]
 
 
@@ -288,13 +292,19 @@ def resolve(
     """
     where = parsed.last("config")
     from_file = load_yaml(Path(where)) if where and where != MISSING else {}
-    named = {**(base or {}), **from_file, **{k: v for k, v in parsed.options if k in ("model", "data")}}
-    model = model or str(named.get("model", app.default_model))
-    data = str(named.get("data", app.default_data))
-    app.model(model)
-    check_data_name(app, data)
+    given = {k: v for k, v in parsed.options if k in ("model", "data", "kind")}
+    named = {**(base or {}), **from_file, **given}
+    # A saved kind holds for the saved data; other data may be for another one.
+    for layer in (from_file, given):
+        if "data" in layer and "kind" not in layer:
+            named.pop("kind", None)
+    if "data" in from_file or "data" in given:  # the file that a saved model was trained on may be gone
+        check_data_name(app, str(named["data"]))
+    model, data, kind = app.defaults(
+        model or _text(named.get("model")), _text(named.get("data")), _text(named.get("kind"))
+    )
 
-    options = run_options(app, model, data)
+    options = run_options(app, model, data, kind)
     known = [option.name for option in options]
     check_options(parsed, [*known, "mixer_args", "config", "preset", *extra], free=["mixer_args"])
     choice = parsed.last("preset") or "auto"
@@ -323,7 +333,7 @@ def resolve(
         if not isinstance(own, Mapping):
             raise UserError(f"{name}: mixer_args must be a mapping of options")
         mixer_args |= own
-    values |= {"model": model, "data": data}
+    values |= {"model": model, "data": data} | ({"kind": kind.name} if app.several else {})
 
     lines: list[str] = []
     for name, text in parsed.options:
@@ -339,22 +349,33 @@ def resolve(
             mixer_args |= given
         elif name.startswith("mixer_args."):
             mixer_args[name.removeprefix("mixer_args.")] = _scalar(text)
-        elif name in known and name not in ("model", "data", "mixer"):
+        elif name in known and name not in ("model", "data", "kind", "mixer"):
             lines.append(f"--{name}={text}")
 
-    flat = typed(options, values, lines)
+    return _run_config(app, model, data, kind, typed(options, values, lines), mixer_args)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _run_config(
+    app: App, model: str, data: str, kind: Kind, flat: Mapping[str, Any], mixer_args: Mapping[str, Any]
+) -> RunConfig:
     return RunConfig(
         app=app.name,
         model=model,
         model_args=_build(app.model(model).config, "model_args", flat),
         data=data,
-        data_args=_build(app.data_config, "data_args", flat),
+        data_args=_build(kind.data_config, "data_args", flat),
         mixer=flat["mixer"],
-        mixer_args=mixer_args,
+        mixer_args=dict(mixer_args),
         trainer=_build(TrainerConfig, "trainer", flat),
         optim=_build(OptimConfig, "optim", flat),
         seed=flat["seed"],
         runs=flat["runs"],
+        kind=kind.name if app.several else None,
+        task_args=_build(kind.task_config, "task_args", flat) if kind.task_config else None,
     )
 
 
@@ -376,25 +397,13 @@ def config_from_dict(app: App, values: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: what does not fit, in one sentence.
     """
-    model = str(values.get("model"))
-    options = run_options(app, model, str(values.get("data")))
+    model, data, kind = app.defaults(str(values.get("model")), str(values.get("data")), _text(values.get("kind")))
+    options = run_options(app, model, data, kind)
     flat = typed(options, _layer(app, values, "the saved configuration", options), [])
     mixer_args = values.get("mixer_args") or {}
     if not isinstance(mixer_args, Mapping):
         raise UserError("the saved configuration: mixer_args must be a mapping of options")
-    return RunConfig(
-        app=app.name,
-        model=model,
-        model_args=_build(app.model(model).config, "model_args", flat),
-        data=flat["data"],
-        data_args=_build(app.data_config, "data_args", flat),
-        mixer=flat["mixer"],
-        mixer_args=dict(mixer_args),
-        trainer=_build(TrainerConfig, "trainer", flat),
-        optim=_build(OptimConfig, "optim", flat),
-        seed=flat["seed"],
-        runs=flat["runs"],
-    )
+    return _run_config(app, model, data, kind, flat, mixer_args)
 
 
 def override(app: App, config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -406,6 +415,10 @@ def override(app: App, config: RunConfig, changes: Mapping[str, Any]) -> RunConf
     parsed = Parsed(
         options=[(name, value if isinstance(value, str) else _dump(value)) for name, value in changes.items()]
     )
+    if config.kind and parsed.last("data"):
+        # A file of one's own is taken for what the model does.
+        app.kind(str(parsed.last("data")), config.kind)
+        parsed.options.append(("kind", config.kind))
     from attn_shared.config import config_to_dict
 
     return resolve(app, parsed, base=config_to_dict(config))

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from attn_shared import checkpoint as checkpoints
 from attn_shared import options
-from attn_shared.app import App, load
+from attn_shared.app import App, Kind, load
 from attn_shared.checkpoint import Checkpoint
 from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import CheckpointError, UserError
@@ -94,14 +94,14 @@ class Progress:
 # -- building and loading ---------------------------------------------------------------------------------------------
 
 
-def task_class(app: App) -> type[Task]:
-    return load(app.task)
+def task_class(app: App, config: RunConfig) -> type[Task]:
+    return load(app.kind(config.data, config.kind).task)
 
 
 def load_data(app: App, config: RunConfig, state: Mapping[str, Any] | None = None) -> DataBundle:
     """The app's data for `config`, its state in the form a checkpoint gives back."""
     with fork(config.seed, "data"):
-        bundle = task_class(app).load_data(config, state=state)
+        bundle = task_class(app, config).load_data(config, state=state)
     try:
         bundle.state = json.loads(json.dumps(bundle.state))
     except TypeError as error:
@@ -118,7 +118,7 @@ def build_task(app: App, config: RunConfig, data_state: Mapping[str, Any]) -> Ta
     check_mixer(app, config)
     with fork(config.seed, "weights"):
         try:
-            return task_class(app)(config, data_state)
+            return task_class(app, config)(config, data_state)
         except ValueError as error:
             raise UserError(f"cannot build {config.model}: {error}") from error
 
@@ -168,6 +168,16 @@ def load_task(app: App, source: Path, *, overrides: Mapping[str, Any] | None = N
     if overrides:
         config = options.override(app, config, overrides)
     return _task_of(app, state, config, folder), config
+
+
+def saved_kind(app: App, source: Path) -> Kind:
+    """The kind of task that a run or checkpoint folder was trained for.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, too new or of another app.
+    """
+    card = checkpoints.read_card(checkpoints.resolve(source), app=app.name)
+    return app.kind(str(card["config"].get("data")), card["config"].get("kind"))
 
 
 def _saved_config(app: App, state: Checkpoint, folder: Path) -> RunConfig:

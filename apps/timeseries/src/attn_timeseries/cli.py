@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from attn_shared.app import App
-from attn_shared.config import OptimConfig, TrainerConfig
+from attn_shared.app import App, Kind
 from attn_timeseries.config import MODELS
 from attn_timeseries.data.cards import DATASETS, FILE_FORMATS, FILE_SUFFIXES, ForecastDataConfig
+
+KINDS = (
+    Kind(
+        name="forecast",
+        title="forecast tables of series",
+        task="attn_timeseries.task:ForecastTask",
+        data_config=ForecastDataConfig,
+        default_model="patchtst",
+        default_data="co2",
+    ),
+)
 
 APP = App(
     name="timeseries",
@@ -13,17 +23,18 @@ APP = App(
     title="Forecast time series with published attention models, scored beside strong baselines",
     models=MODELS,
     datasets=DATASETS,
-    data_config=ForecastDataConfig,
-    default_model="patchtst",
-    default_data="co2",
-    task="attn_timeseries.task:ForecastTask",
+    kinds=KINDS,
+    kind_of_file="attn_timeseries.cli:kind_of_file",
     file_formats=FILE_FORMATS,
     file_suffixes=FILE_SUFFIXES,
     check_file="attn_timeseries.data.table:check_file",
     commands={"demo": ("attn_timeseries.demo:main", "train, score and forecast the built-in data in about a minute")},
-    trainer_defaults=TrainerConfig,
-    optim_defaults=OptimConfig,
 )
+
+
+def kind_of_file(path: str) -> str:
+    """The kind of task that a file of the user's own is for, by its name; `--kind` says another."""
+    return "forecast"
 
 
 def main(argv: list[str] | None = None) -> int:
