@@ -1,0 +1,1 @@
+"""Predicting clicks: tables of categorical, multi-valued and numeric fields, and behaviour sequences."""
