@@ -65,7 +65,7 @@ class ItemModel(nn.Module):
 
         Args:
             batch: `user` (B,), `positive` (B,), `negative` (B, negatives), and, with a knowledge graph, as many triples
-                drawn for it: `head`, `relation`, `tail`, `corrupt` (B,), the last an entity that is no tail of the pair.
+                drawn for it: `head`, `relation`, `tail`, `corrupt` (B,), the last no tail of the pair.
             step: optimiser step, from 0.
         """
         raise NotImplementedError
