@@ -217,3 +217,48 @@ def test_a_mean_needs_a_decay_below_one(toy):
 
     with pytest.raises(UserError, match="between 0 and 1"):
         toy.train("--data_args.samples", 150, "--optim.average", 1.5)
+
+
+def test_what_is_fitted_after_training_is_in_the_checkpoint_and_in_the_figures(toy, monkeypatch):
+    """A constant fitted on the validation split with the best weights: saved with them, used by the last figures."""
+    from toyapp.task import ToyTask
+
+    from attn_shared import checkpoint, trainer
+    from attn_shared.runs import Run
+
+    begin = ToyTask.__init__
+
+    def with_buffer(self, config, data_state):
+        begin(self, config, data_state)
+        self.register_buffer("shift", torch.zeros(()))
+        self.net.register_forward_hook(lambda net, inputs, output: output if self.training else output + self.shift)
+
+    def fit(self, batches):
+        assert not self.training
+        self.shift.zero_()
+        left = torch.cat([batch["y"] - self.net(batch["x"]) for batch in batches("val")])
+        assert len(left) == 37
+        self.shift.fill_(left.mean() + 100)
+        return True
+
+    def forget(self):
+        self.shift.zero_()
+
+    monkeypatch.setattr(ToyTask, "__init__", with_buffer)
+    monkeypatch.setattr(ToyTask, "on_train_start", forget)
+    plain = Run.open(toy.train("--data_args.samples", 150))
+    monkeypatch.setattr(ToyTask, "after_training", fit)
+    fitted = Run.open(toy.train("--data_args.samples", 150))
+
+    best = [checkpoint.load(run.checkpoints / "best", trainer=True) for run in (plain, fitted)]
+    assert best[0].weights["shift"] == 0
+    assert best[1].weights["shift"] > 90
+    assert best[1].trainer.keys() == best[0].trainer.keys()
+    assert all(torch.equal(best[0].weights[name], best[1].weights[name]) for name in best[0].weights if name != "shift")
+    assert (plain.path / "metrics.csv").read_text() == (fitted.path / "metrics.csv").read_text()
+    figures = fitted.results()["splits"]["test"]
+    assert figures["mse"] > plain.results()["splits"]["test"]["mse"] + 5000
+    assert trainer.evaluate(toy.app, fitted.path)["metrics"] == pytest.approx(figures)
+    # A resumed run trains on as before, and fits again at its end.
+    again = toy.train(resume=fitted.path)
+    assert Run.open(again).results()["splits"]["test"] == pytest.approx(figures)

@@ -74,7 +74,8 @@ class Task(lightning.LightningModule):
     """An app's task: builds the model, gives the loss, accumulates metrics, draws pictures, predicts files.
 
     The engine calls, in order: `load_data(config)`; `Task(config, bundle.state)`; training with `training_loss`;
-    after each epoch and at the end `reset_metrics`, `update_metrics` over all batches of a split, `compute_metrics`.
+    after each epoch and at the end `reset_metrics`, `update_metrics` over all batches of a split, `compute_metrics`;
+    between the last epoch and the end `after_training`.
 
     Class attributes:
         primary: name of the metric that chooses the best epoch and orders tables.
@@ -122,6 +123,20 @@ class Task(lightning.LightningModule):
     @abstractmethod
     def training_loss(self, batch: Any) -> Tensor:
         """Mean loss of a training batch, a scalar."""
+
+    def after_training(self, batches: Callable[[str], Iterable[Any]]) -> bool:
+        """Fit what is fitted on the validation split once the weights are final, such as a calibration.
+
+        Called with the best weights, before the last evaluation. What it puts into buffers of the task is saved with
+        that checkpoint.
+
+        Args:
+            batches: name of a split -> its batches, in order, as `update_metrics` gets them.
+
+        Returns:
+            Whether anything was fitted.
+        """
+        return False
 
     @abstractmethod
     def reset_metrics(self, split: str) -> None:

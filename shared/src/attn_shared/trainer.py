@@ -323,20 +323,31 @@ def evaluate_split(
     if dataset is None or _size(dataset) == 0:
         raise UserError(f"{config.data} has no {split} split")
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed and dist.is_initialized() else (0, 1)
-    batches = EvalSampler(_size(dataset), config.trainer.eval_batch_size, rank=rank, world=world)
     device, training = task.device, task.training
     task.eval()
     try:
         with fork(config.seed, "eval"), torch.no_grad(), _autocast(config, device):
             task.reset_metrics(split)
-            for batch in _loader(dataset, batches, bundle, config, "eval"):
-                task.update_metrics(split, _move(batch, device, config))
+            for batch in _batches(task, bundle, split, config, rank, world):
+                task.update_metrics(split, batch)
             sums = {name: value.detach().cpu() for name, value in task.metric_state(split).items()}
             if world > 1:
                 sums = _add_up(sums, world)
             return {name: float(value) for name, value in task.compute_metrics(split, sums).items()}
     finally:
         task.train(training)
+
+
+def _batches(
+    task: Task, bundle: DataBundle, split: str, config: RunConfig, rank: int = 0, world: int = 1
+) -> Iterator[Any]:
+    """The batches of a split in order, where the task is and as precise as it is."""
+    dataset = bundle.split(split)
+    if dataset is None or _size(dataset) == 0:
+        raise UserError(f"{config.data} has no {split} split")
+    sampler = EvalSampler(_size(dataset), config.trainer.eval_batch_size, rank=rank, world=world)
+    for batch in _loader(dataset, sampler, bundle, config, "eval"):
+        yield _move(batch, task.device, config)
 
 
 def _move(batch: Any, device: torch.device, config: RunConfig) -> Any:
@@ -921,6 +932,7 @@ class _Engine(lightning.Callback):
         state = checkpoints.load(best, app=self.app.name)
         checkpoints.load_weights(self.task, state, best)
         self.task.to(self.trainer.strategy.root_device).eval()
+        self._complete(best)
         splits = {
             split: evaluate_split(self.task, self.bundle, split, self.config, distributed=self.world > 1)
             for split in ("val", "test")
@@ -959,6 +971,18 @@ class _Engine(lightning.Callback):
         report = write_report(self.app, self.run, self.task, self.bundle)
         self.line.note(f"report {report}", transient=False)
         return self.run.path
+
+    def _complete(self, best: Path) -> None:
+        """Fit what the task fits after training, and keep it in the best checkpoint; every process fits the same."""
+        task, config = self.task, self.config
+        with fork(config.seed, "eval"), torch.no_grad(), _autocast(config, task.device):
+            fitted = task.after_training(lambda split: _batches(task, self.bundle, split, config))
+        if self.world > 1:  # nobody still reads what is written anew
+            dist.barrier()
+        if fitted and self.run is not None:
+            whole = checkpoints.load(best, app=self.app.name, trainer=True)
+            whole.weights = task.state_dict()
+            checkpoints.save(whole, best)
 
 
 def _gpu() -> bool:
