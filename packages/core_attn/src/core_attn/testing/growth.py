@@ -79,8 +79,11 @@ class CountingMode(TorchDispatchMode):
         transforms = _transforms(func, args, inputs, outputs)
         self.flops += products + transforms
         self.work += products or transforms or _touched(func, inputs, outputs)
-        given = {t.untyped_storage()._cdata for t in inputs}
+        # A sparse tensor has no storage of its own; what it is made of was counted.
+        given = {t.untyped_storage()._cdata for t in inputs if t.layout is torch.strided}
         for t in outputs:
+            if t.layout is not torch.strided:
+                continue
             if t.untyped_storage()._cdata not in given:  # views, and results written in place, take no new memory
                 self._track(t)
         return out
