@@ -1,0 +1,1 @@
+"""Predictions from irregular records: stays with observations at uneven times, and notes."""
