@@ -234,11 +234,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def preset(app: App, model: str, data: str) -> tuple[str, dict[str, Any]]:
-    """Name and content of the app's preset for `model` on `data`: `<model>-<data>.yaml`, else `<model>.yaml`."""
+def preset(app: App, model: str, data: str, kind: Kind) -> tuple[str, dict[str, Any]]:
+    """Name and content of the app's preset for `model` on `data`.
+
+    It is `<model>-<data>.yaml`, else `<model>.yaml`; of a model that does several kinds of task the latter is for the
+    first of them, and `<model>-<kind>.yaml` for another.
+    """
     folder = importlib.resources.files(app.package).joinpath("configs")
     names = [f"{model}-{data}.yaml"] if data in app.datasets else []
-    for name in [*names, f"{model}.yaml"]:
+    first = (app.model(model).kinds or (app.kinds[0].name,))[0]
+    names.append(f"{model}.yaml" if kind.name == first else f"{model}-{kind.name}.yaml")
+    for name in names:
         file = folder.joinpath(name)
         if file.is_file():
             return name, yaml.safe_load(file.read_text()) or {}
@@ -315,7 +321,7 @@ def resolve(
     if base is not None:
         layers.append(("the saved configuration", base))
     elif choice == "auto":
-        name, given = preset(app, model, data)
+        name, given = preset(app, model, data, kind)
         layers.append((f"preset {name}", given))
     if from_file:
         layers.append((str(where), from_file))

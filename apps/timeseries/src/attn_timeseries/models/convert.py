@@ -49,6 +49,13 @@ RENAMES: dict[str, tuple[Rename, ...]] = {
     ),
     "flowformer": _ENCODER_DECODER,
     "transformer": _ENCODER_DECODER,
+    "flowformer_classifier": (
+        *_LAYERS,
+        (r"^project_inp\.", "embedding."),
+        (r"^pos_enc\.pe$", "positions"),
+        (r"^encoder\.norm\.", "norm."),
+        (r"^output_layer\.", "output."),
+    ),
     "itransformer": (
         *_LAYERS,
         (r"^enc_embedding\.value_embedding\.", "embedding."),
@@ -78,6 +85,7 @@ DROPPED = r"\.position_embedding\.pe$|\.sdp_attn\.scale$|\.norm\.layernorm\.bias
 # Where the same numbers are held in another order.
 RESHAPES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     (r"\.feed_forward\.(up|down)\.weight$", lambda w: w.flatten(1)),  # convolution of one step = linear
+    (r"^positions$", lambda w: w.flatten(0, 1) if w.dim() == 3 else w),  # (L, 1, D)
     (r"(\.token|^distil\.\d+\.conv)\.weight$", lambda w: w.permute(0, 2, 1).flatten(1)),  # (D, C, 3) -> (D, 3 C)
     (r"\.trend\.weight$", lambda w: w.permute(2, 0, 1).flatten(0, 1) if w.dim() == 3 else w),  # (C, D, 3) -> (3 C, D)
 )

@@ -101,6 +101,11 @@ class SeriesDecomposition(nn.Module):
         for steps in {n for n in lengths if n <= self.MATRIX_STEPS}:
             self.register_buffer(f"counts_{steps}", self._window_counts(steps), persistent=False)
 
+    def allow_lengths(self, longest: int) -> None:
+        """Pool at every length from now on: the matrices are each of one length."""
+        for name in [name for name, _ in self.named_buffers(recurse=False)]:
+            delattr(self, name)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, C) -> remainder, trend, both (B, L, C)."""
         remainder = self.remainder(x)
@@ -229,8 +234,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(attention.dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attention(x)))
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """(B, L, D), (B, L) True = a real token -> (B, L, D)."""
+        x = self.norm1(x + self.dropout(self.attention(x, key_padding_mask=key_padding_mask)))
         return self.norm2(x + self.feed_forward(x))
 
 

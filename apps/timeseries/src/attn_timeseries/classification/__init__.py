@@ -1,0 +1,1 @@
+"""Classification of whole series: the UEA sets and users' own files."""
