@@ -2,6 +2,115 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from attn_shared.app import ModelCard
 
-MODELS: dict[str, ModelCard] = {}
+
+@dataclass(kw_only=True)
+class BPRMFConfig:
+    """BPR-MF.
+
+    Attributes:
+        embed_dim: numbers of a user's and an item's vector.
+        l2: weight of half the squared length of the vectors of a batch.
+    """
+
+    embed_dim: int = 64
+    l2: float = 1e-2
+
+
+@dataclass(kw_only=True)
+class LightGCNConfig:
+    """LightGCN.
+
+    Attributes:
+        embed_dim: numbers of a user's and an item's vector.
+        layers: times that vectors are smoothed over the graph.
+        init: standard deviation of the first vectors.
+        l2: weight of half the squared length of the vectors of a batch, as they are before smoothing.
+    """
+
+    embed_dim: int = 64
+    layers: int = 3
+    init: float = 0.1
+    l2: float = 1e-4
+
+
+@dataclass(kw_only=True)
+class KGATConfig:
+    """KGAT (S32). Option names are those of the common PyTorch port; the defaults are the paper's.
+
+    Attributes:
+        embed_dim: numbers of the vector of a user, item or entity.
+        relation_dim: numbers of a relation's vector, the space in which TransR compares.
+        aggregation_type: how a node's own vector and what it reads are joined.
+        conv_dim_list: widths of the layers that propagate; a node sees as many edges far.
+        mess_dropout: probability in each layer that a number of a node's new vector is dropped.
+        node_dropout: probability that a node sends nothing in a layer.
+        cf_l2loss_lambda: weight of half the squared length of the vectors that a batch ranks.
+        kg_l2loss_lambda: weight of that of the projected vectors of a batch of triples.
+        kg_batch_size: triples a step; 0 = as many as interactions.
+        training: "together" = every step follows the sum of both losses, eq. (14); "alternate" = one step the ranking
+            loss, the next one TransR's; "ranking" = no TransR.
+        start: "bprmf" = BPR-MF is trained first and its vectors are where users and items start; the folder of a run of
+            bprmf on the same interactions = its vectors; "none" = random ones.
+        start_epochs: passes over the interactions of that training.
+        start_lr: its learning rate.
+        start_batch_size: its batch.
+        start_l2: its `l2`.
+    """
+
+    embed_dim: int = 64
+    relation_dim: int = 64
+    aggregation_type: Literal["bi-interaction", "gcn", "graphsage"] = "bi-interaction"
+    conv_dim_list: tuple[int, ...] = (64, 32, 16)
+    mess_dropout: tuple[float, ...] = (0.1, 0.1, 0.1)
+    node_dropout: float = 0.0
+    cf_l2loss_lambda: float = 1e-5
+    kg_l2loss_lambda: float = 1e-5
+    kg_batch_size: int = 0
+    training: Literal["together", "alternate", "ranking"] = "together"
+    start: str = "none"
+    start_epochs: int = 100
+    start_lr: float = 1e-3
+    start_batch_size: int = 1024
+    start_l2: float = 1e-2
+
+
+MODELS: dict[str, ModelCard] = {
+    card.name: card
+    for card in (
+        ModelCard(
+            name="kgat",
+            title="KGAT: Knowledge Graph Attention Network for Recommendation",
+            source="S32",
+            year=2019,
+            target="attn_recsys.models.kgat:KGAT",
+            config=KGATConfig,
+            kinds=("items",),
+            note="attention over the edges of one graph of users, items and entities; gives paths as reasons",
+        ),
+        ModelCard(
+            name="lightgcn",
+            title="LightGCN: Simplifying and Powering Graph Convolution Network for Recommendation",
+            source="He et al. 2020",
+            year=2020,
+            target="attn_recsys.models.lightgcn:LightGCN",
+            config=LightGCNConfig,
+            kinds=("items",),
+            note="smooths over interactions; no knowledge graph",
+        ),
+        ModelCard(
+            name="bprmf",
+            title="BPR: Bayesian Personalized Ranking from Implicit Feedback",
+            source="Rendle et al. 2009",
+            year=2009,
+            target="attn_recsys.models.bprmf:BPRMF",
+            config=BPRMFConfig,
+            kinds=("items",),
+            note="a vector a user and an item; no graph",
+        ),
+    )
+}

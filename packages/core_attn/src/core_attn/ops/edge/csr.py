@@ -1,8 +1,9 @@
 """Attention over edges by products with sparse matrices.
 
-Gathering a row of values for every edge moves E·D numbers three times and more; a product of a compressed sparse matrix
-with the values reads each once where it is used and keeps the sum in registers. The gradient of the values is the same
-product with the transpose, whose order is known beforehand; that of the weights is a dense product sampled at the edges.
+Gathering a row of values for every edge moves E·D numbers three times and more; a product of a compressed sparse
+matrix with the values reads each once where it is used and keeps the sum in registers. The gradient of the values is
+the same product with the transpose, whose order is known beforehand; that of the weights is a dense product sampled at
+the edges.
 """
 
 from __future__ import annotations

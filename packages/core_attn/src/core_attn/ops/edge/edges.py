@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,12 @@ class Edges(NamedTuple):
 
     def to(self, device: torch.device | str) -> Edges:
         """The same edges on another device."""
-        return Edges(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
+        return self._replace(**moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
 
 
 def sort_edges(head: Tensor, tail: Tensor, *, heads: int, tails: int | None = None) -> Edges:
