@@ -56,6 +56,30 @@ RENAMES: dict[str, tuple[Rename, ...]] = {
         (r"^encoder\.norm\.", "norm."),
         (r"^output_layer\.", "output."),
     ),
+    "utde": (
+        (r"^(linear|periodic)\.", r"time.\1."),
+        (r"^time_attn_ts\.", "series_attention."),
+        (r"^time_attn\.", "note_attention."),
+        (r"\.linears\.0\.", ".query."),
+        (r"\.linears\.1\.", ".key."),
+        (r"\.linears\.2\.", ".out."),
+        (r"^proj_ts\.", "imputed."),
+        (r"^moe\.gate\.", "gate."),
+        (r"^out_layer\.", "out."),
+        (r"^trans_(self_cross_ts_txt|ts_mem)\.", ""),
+        (r"^embed_positions_q(_1)?\.weight$", "positions"),
+        (r"^layer_norm\.(weight|bias)$", r"norm.0.\1"),
+        (r"^layer_norm\.", "norm."),
+        (r"\.layer_norms\.0\.", ".self_norm.0."),
+        (r"\.layer_norms\.1\.", ".ff_norm.0."),
+        (r"\.self_attn\.", ".self_attention.0."),
+        (r"\.self_attns\.", ".self_attention."),
+        (r"\.cross_attn_([12])\.", lambda m: f".cross_attention.{int(m[1]) - 1}."),  # type: ignore[dict-item]
+        (r"\.pre_self_attn_layer_norm\.", ".self_norm."),
+        (r"\.pre_encoder_attn_layer_norm\.", ".cross_norm."),
+        (r"\.pre_ffn_layer_norm\.", ".ff_norm."),
+        (r"\.fc([12])\.(\d\.)?", lambda m: f".feed_forward.{m[2] or '0.'}{('up', 'down')[int(m[1]) - 1]}."),  # type: ignore[dict-item]
+    ),
     "itransformer": (
         *_LAYERS,
         (r"^enc_embedding\.value_embedding\.", "embedding."),
@@ -80,7 +104,10 @@ RENAMES: dict[str, tuple[Rename, ...]] = {
 }
 
 # Not parameters here: tables that are computed, a fixed scale, and a bias that cancels (see SeasonalNorm).
-DROPPED = r"\.position_embedding\.pe$|\.sdp_attn\.scale$|\.norm\.layernorm\.bias$"
+DROPPED = (
+    r"\.embed_positions_q\.\d|^bertrep\.|\.post_\w+_layer_norm\."  # used twice, not held here, and not used
+    r"|\.position_embedding\.pe$|\.sdp_attn\.scale$|\.norm\.layernorm\.bias$"
+)
 
 # Where the same numbers are held in another order.
 RESHAPES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
@@ -95,8 +122,8 @@ def from_official(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
     """The state_dict of an official model as the state_dict of ours with the same sizes.
 
     Sources: Autoformer, iTransformer (with its Flowformer and Transformer) and Informer from their authors'
-    repositories, PatchTST from PatchTST_supervised, DLinear from LTSF-Linear. It is linear in the weights, so gradients
-    can be converted by it too.
+    repositories, PatchTST from PatchTST_supervised, UTDE from MultimodalMIMIC, DLinear from LTSF-Linear. It is linear
+    in the weights, so gradients can be converted by it too.
 
     Args:
         name: a trainable model of `attn_timeseries.config.MODELS`.
@@ -123,6 +150,8 @@ def from_official(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
         ours[key] = tensor
     if name in ("dlinear", "patchtst"):
         ours = _gather_channels(ours)
+    if name == "utde":
+        ours = _split_projections(ours)
     if name == "patchtst" and "head.weight" in ours:
         width = ours["positions"].shape[1]  # the official head reads (D, N) tokens, ours (N, D)
         ours["head.weight"] = ours["head.weight"].unflatten(2, (width, -1)).transpose(2, 3).flatten(2)
@@ -140,3 +169,15 @@ def _gather_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             groups.setdefault(f"{match[1]}.{match[2]}", []).append(tensor)
     return ours | {key: torch.stack(tensors) for key, tensors in groups.items()}
+
+
+def _split_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The "in_proj_weight" of queries, keys and values, one below the other, -> a layer each."""
+    ours: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        stem, found, kind = key.partition(".in_proj_")
+        if found:
+            ours |= {f"{stem}.{part}_proj.{kind}": one for part, one in zip("qkv", tensor.chunk(3))}
+        else:
+            ours[key] = tensor
+    return ours
