@@ -5,12 +5,57 @@ Defaults are the sizes of each paper's published ETTh1 experiments. Option names
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from attn_shared.app import ModelCard
 
 Activation = Literal["gelu", "relu"]
+
+
+@dataclass(kw_only=True)
+class ForecastTaskConfig:
+    """What a forecast is trained for, and the intervals around it.
+
+    Attributes:
+        loss: "mse" squared, "mae" absolute, "huber" (squared below 1, absolute above), all on scaled values;
+            "quantile" = pinball loss of the quantiles below, for which the model gets a head around its own forecast.
+        quantiles: levels in (0, 1), as many above 0.5 as below and equally far from it. 0.5, which is the forecast
+            itself, and the two ends of `coverage` are added where they are missing.
+        calibrate: "none"; "conformal" = intervals grow or shrink to the share of the validation windows that they
+            promise; "adaptive" = and go on doing so along the test windows, from targets already past.
+        coverage: share of the truth that the interval is to hold.
+    """
+
+    loss: Literal["mse", "mae", "huber", "quantile"] = "mse"
+    quantiles: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
+    calibrate: Literal["none", "conformal", "adaptive"] = "none"
+    coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage is {self.coverage}; it must lie between 0 and 1, such as 0.9")
+        for level in self.quantiles:
+            if not 0 < level < 1:
+                raise ValueError(f"quantile {level} does not lie between 0 and 1")
+            if not any(abs(1 - level - other) < 1e-6 for other in self.quantiles):
+                raise ValueError(f"quantile {level} needs {1 - level:g} beside it: quantiles come in pairs about 0.5")
+
+    @property
+    def intervals(self) -> bool:
+        """Whether forecasts have intervals."""
+        return self.loss == "quantile" or self.calibrate != "none"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All quantile levels, increasing."""
+        end = (1 - self.coverage) / 2
+        return tuple(sorted({round(level, 9) for level in (*self.quantiles, 0.5, end, 1 - end)}))
+
+    @property
+    def pair(self) -> int:
+        """Number of the interval of `coverage` among the pairs of levels, the widest being 0."""
+        return self.levels.index(round((1 - self.coverage) / 2, 9))
 
 
 @dataclass(kw_only=True)

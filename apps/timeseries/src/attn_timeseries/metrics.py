@@ -8,6 +8,15 @@ nor the number of processes changes. Filled gaps are never scored.
 - smape: mean of 200 |y - f| / (|y| + |f|), in per cent, 0 where both are 0 (Makridakis 1993, in the M4 form).
 - mase: mean of |y - f| / q, q the mean absolute error of the seasonal naive forecast on the training rows of the same
   column (Hyndman and Koehler 2006). Below 1: better than repeating the season was in training.
+
+Of forecasts with intervals, on scaled values where nothing else is said:
+- coverage: share of the truth inside the interval; _conformal, _raw: before adaptation, before calibration.
+- width, width_original: mean distance of its ends.
+- interval_score: width, and 2 / alpha for each unit that the truth lies outside (Gneiting and Raftery 2007); lower is
+  better, and no interval can gain by promising another coverage.
+- pinball: mean over the quantile levels of twice the pinball loss, which approximates the continuous ranked
+  probability score; of the median alone it is the MAE.
+- coverage_step_h, width_step_h: of single steps ahead.
 """
 
 from __future__ import annotations
@@ -22,11 +31,20 @@ NAMES = ("mse", "mae", "mse_original", "mae_original", "mase", "smape")
 FORMAT = {
     "mse": ".4f",
     "mae": ".4f",
+    "coverage": ".1%",
+    "width": ".3f",
+    "pinball": ".4f",
     "mse_original": ".4g",
     "mae_original": ".4g",
     "mase": ".3f",
     "smape": ".2f",
     "windows": ",.0f",
+    "coverage_conformal": ".1%",
+    "width_conformal": ".3f",
+    "coverage_raw": ".1%",
+    "width_raw": ".3f",
+    "interval_score": ".3f",
+    "width_original": ".4g",
 }
 
 
@@ -123,12 +141,98 @@ class ForecastScores:
         return index, error
 
 
+class IntervalScores:
+    """Sums over windows of forecasts with quantiles, kept for each step of the horizon.
+
+    Args:
+        pred_len: H, steps of the horizon.
+        std: (G, C) of the scaler.
+        levels: Q quantile levels.
+        pair: the interval that is scored, among the pairs of levels, the widest being 0.
+    """
+
+    NAMES = ("covered", "width", "width_original", "interval_score", "pinball", "known")
+
+    def __init__(self, pred_len: int, std: Tensor, levels: Sequence[float], pair: int) -> None:
+        self.pred_len, self.std = pred_len, std.to(torch.float64)
+        self.levels, self.pair = torch.tensor(levels, dtype=torch.float64), pair
+        self.sums: dict[str, Tensor] = {}
+
+    def update(
+        self, variant: str, quantiles: Tensor, target: Tensor, group: Tensor, observed: Tensor | None = None
+    ) -> None:
+        """Take in a batch.
+
+        Args:
+            variant: "" for the intervals as they are given out, or a name for others beside them.
+            quantiles: (B, H, C, Q) scaled, increasing.
+            target, group, observed: as in `ForecastScores`.
+        """
+        q, y = (t.detach().cpu().to(torch.float64) for t in (quantiles, target))
+        known = torch.ones_like(y, dtype=torch.bool) if observed is None else observed.cpu()
+        low, high = q[..., self.pair], q[..., -1 - self.pair]
+        width = high - low
+        outside = (low - y).clamp_min(0) + (y - high).clamp_min(0)
+        alpha = 2 * self.levels[self.pair]
+        error = y.unsqueeze(-1) - q
+        scores = {
+            "covered": ((y >= low) & (y <= high)).to(torch.float64),
+            "width": width,
+            "width_original": width * self.std[group.cpu()][:, None],
+            "interval_score": width + 2 / alpha * outside,
+            "pinball": 2 * torch.maximum(self.levels * error, (self.levels - 1) * error).mean(dim=-1),
+            "known": torch.ones_like(y),
+        }
+        for name, value in scores.items():
+            self._add(variant, name, torch.where(known, value, 0.0).sum(dim=(0, 2)))
+        below = (error <= 0) & known.unsqueeze(-1)
+        self._add(variant, "below", below.sum(dim=(0, 1, 2)).to(torch.float64))
+
+    def _add(self, variant: str, name: str, value: Tensor) -> None:
+        key = f"interval/{variant}/{name}"
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.sums)
+
+
+def variants(sums: Mapping[str, Tensor]) -> list[str]:
+    """The kinds of intervals in a summed state, "" first."""
+    return sorted({key.split("/")[1] for key in sums if key.startswith("interval/")})
+
+
+def interval_curve(sums: Mapping[str, Tensor], name: str, variant: str = "") -> np.ndarray:
+    """An interval's score at each step of the horizon, (H,)."""
+    return (sums[f"interval/{variant}/{name}"] / sums[f"interval/{variant}/known"]).numpy()
+
+
+def reliability(sums: Mapping[str, Tensor], variant: str = "") -> np.ndarray:
+    """Share of the truth at or below each quantile, (Q,)."""
+    return (sums[f"interval/{variant}/below"] / sums[f"interval/{variant}/known"].sum()).numpy()
+
+
+def _interval_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    figures = {}
+    for variant in variants(sums):
+        tail = f"_{variant}" if variant else ""
+        known = sums[f"interval/{variant}/known"]
+        for name, key in (("coverage", "covered"), ("width", "width"), ("width_original", "width_original"),
+                          ("interval_score", "interval_score"), ("pinball", "pinball")):  # fmt: skip
+            figures[name + tail] = _ratio(sums[f"interval/{variant}/{key}"].sum(), known.sum())
+        if not variant:
+            steps = len(known)
+            for step in sorted({1, -(-steps // 4), -(-steps // 2), steps}):
+                for name, key in (("coverage", "covered"), ("width", "width")):
+                    figures[f"{name}_step_{step}"] = _ratio(sums[f"interval//{key}"][step - 1], known[step - 1])
+    return figures
+
+
 def final(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The figures of a split from the summed state."""
     figures = {
         name: _ratio(sums[name].sum(), sums["mase_count" if name == "mase" else "count"].sum()) for name in NAMES
     }
-    return {**figures, "windows": float(sums["windows"].sum())}
+    return {**figures, "windows": float(sums["windows"].sum()), **_interval_figures(sums)}
 
 
 def curve(sums: Mapping[str, Tensor], name: str = "mse") -> np.ndarray:

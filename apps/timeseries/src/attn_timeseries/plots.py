@@ -21,8 +21,8 @@ def _tidy(axis: Any) -> None:
 def forecast_panels(panels: Sequence[Mapping[str, Any]], columns: int = 2) -> Figure:
     """One panel a window: look-back, truth and forecast in the units of the data.
 
-    A panel holds `title`, `times` (L + H), `history` (L,), `forecast` (H,), and where known `truth` (H,) and
-    `others`, name -> (H,).
+    A panel holds `title`, `times` (L + H), `history` (L,), `forecast` (H,), and where known `truth` (H,), `others`,
+    name -> (H,), and `bands`, (lower, upper) of each interval, the widest first.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -36,6 +36,8 @@ def forecast_panels(panels: Sequence[Mapping[str, Any]], columns: int = 2) -> Fi
             axis.plot(ahead, panel["truth"], color=TRUTH, linewidth=1.1, label="truth")
         for colour, (name, values) in zip(COLOURS[1:], panel.get("others", {}).items()):
             axis.plot(ahead, values, color=colour, linewidth=1.0, linestyle="--", label=name)
+        for low, high in panel.get("bands", ()):
+            axis.fill_between(ahead, low, high, color=FORECAST, alpha=0.15, linewidth=0)
         axis.plot(ahead, panel["forecast"], color=FORECAST, linewidth=1.6, label="forecast")
         axis.axvline(ahead[0], color=BASELINE, linewidth=0.8, linestyle=":")
         axis.set_title(panel["title"], fontsize=9, loc="left")
@@ -58,6 +60,41 @@ def horizon_curves(curves: Mapping[str, np.ndarray], label: str = "MSE (scaled)"
     axis.set_xlabel("steps ahead", fontsize=9)
     axis.set_ylabel(label, fontsize=9)
     axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, frameon=False)
+    _tidy(axis)
+    return figure
+
+
+def interval_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], promised: float) -> Figure:
+    """Coverage and width of intervals at each step ahead; the first of `curves` is drawn strongest."""
+    figure = Figure(figsize=(9.2, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(promised, color=TRUTH, linewidth=0.8, linestyle=":")
+    for number, (name, pair) in enumerate(curves.items()):
+        for axis, values in zip((left, right), pair):
+            axis.plot(np.arange(1, len(values) + 1), values, color=COLOURS[number % len(COLOURS)], label=name,
+                      linewidth=1.8 if number == 0 else 1.1, linestyle="-" if number == 0 else "--")  # fmt: skip
+    left.set_ylim(top=1)
+    right.set_ylim(bottom=0)
+    for axis, label in ((left, "share of the truth inside"), (right, "mean width (scaled)")):
+        axis.set_xlabel("steps ahead", fontsize=9)
+        axis.set_ylabel(label, fontsize=9)
+        _tidy(axis)
+    right.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def reliability_curve(levels: Sequence[float], shares: Mapping[str, np.ndarray]) -> Figure:
+    """Share of the truth at or below each quantile against its level; on the diagonal, quantiles are what they say."""
+    figure = Figure(figsize=(3.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color=TRUTH, linewidth=0.8, linestyle=":")
+    for number, (name, values) in enumerate(shares.items()):
+        axis.plot(levels, values, color=COLOURS[number % len(COLOURS)], marker="o", markersize=3, label=name,
+                  linewidth=1.8 if number == 0 else 1.1, linestyle="-" if number == 0 else "--")  # fmt: skip
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_xlabel("level of the quantile", fontsize=9)
+    axis.set_ylabel("share of the truth below", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
     _tidy(axis)
     return figure
