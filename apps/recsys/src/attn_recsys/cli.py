@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from attn_recsys.clicks.options import ClicksDataConfig, ClicksTaskConfig
 from attn_recsys.config import MODELS
-from attn_recsys.items.options import ItemsDataConfig, ItemsTaskConfig
+from attn_recsys.items import cards as items
+from attn_recsys.items.options import ItemsDataConfig, ItemsPredictOptions, ItemsTaskConfig
 from attn_shared.app import App, DataCard, Kind
+from attn_shared.config import OptimConfig, TrainerConfig
+
+
+def _items_trainer() -> TrainerConfig:
+    return TrainerConfig(max_epochs=100, batch_size=1024, eval_batch_size=256, patience=10, log_every=50)
+
+
+def _items_optim() -> OptimConfig:
+    return OptimConfig(lr=1e-3, schedule="constant")
+
 
 KINDS = (
     Kind(
@@ -16,6 +29,9 @@ KINDS = (
         task_config=ItemsTaskConfig,
         default_model="kgat",
         default_data="synthetic",
+        predict_options=ItemsPredictOptions,
+        trainer_defaults=_items_trainer,
+        optim_defaults=_items_optim,
     ),
     Kind(
         name="clicks",
@@ -27,7 +43,7 @@ KINDS = (
         default_data="synthetic_clicks",
     ),
 )
-DATASETS: dict[str, DataCard] = {}
+DATASETS: dict[str, DataCard] = {**items.DATASETS}
 
 APP = App(
     name="recsys",
@@ -36,7 +52,29 @@ APP = App(
     models=MODELS,
     datasets=DATASETS,
     kinds=KINDS,
+    kind_of_file="attn_recsys.cli:kind_of_file",
+    file_formats=items.FILE_FORMATS,
+    file_suffixes=items.FILE_SUFFIXES,
+    check_file="attn_recsys.cli:check_file",
+    commands={
+        "recommend": (
+            "attn_recsys.items.recommend_command:main",
+            "users in, their best items with scores and reasons out",
+        )
+    },
 )
+
+
+def kind_of_file(path: str) -> str:
+    """The kind of task that a file of the user's own is for: clicks where it has a column of labels, else items."""
+    return "clicks" if "label" in items.roles(Path(path)) else "items"
+
+
+def check_file(path: Path) -> list[str]:
+    """What is wrong with a file of the user's own, a sentence each."""
+    from attn_recsys.items.readers import check_file as check_items
+
+    return check_items(path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,3 +62,22 @@ class ItemsTaskConfig:
     negatives: int = 1
     sampled: int = 0
     groups: int = 4
+
+
+@dataclass(kw_only=True)
+class ItemsPredictOptions:
+    """How recommendations are made.
+
+    Attributes:
+        k: items a user.
+        hide: items that are not recommended: "all" that the user had in the data, "train" = what the model was trained
+            with only (so that items held out for test can come back), "none".
+        paths: ways through the graph shown for each item, by models that know them; 0 = none.
+        history: table of what further users had (columns user and item); their vectors are fitted to it where the model
+            allows.
+    """
+
+    k: int = 10
+    hide: Literal["all", "train", "none"] = "all"
+    paths: int = 1
+    history: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -43,7 +43,12 @@ class ItemModel(nn.Module):
         shape: numbers of users, items, entities and relations.
         graph: training interactions and triples.
         mixer, mixer_args: as in every application; models without tokens take none.
+
+    Class attributes:
+        reads_graph: whether it reads the triples, so that an item that nobody had yet can be ranked.
     """
+
+    reads_graph: ClassVar[bool] = False
 
     def __init__(
         self,
