@@ -32,13 +32,16 @@ def _off(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
 
+@pytest.mark.parametrize("backend", ["torch", "gathers"])
 @pytest.mark.parametrize("batch_delays", [False, True])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize(("length", "keys"), LENGTHS)
-def test_fast_form_is_the_definition(length: int, keys: int, factor: float, batch_delays: bool) -> None:
+def test_other_forms_are_the_definition(
+    length: int, keys: int, factor: float, batch_delays: bool, backend: str
+) -> None:
     qkv = _inputs(length, keys)
     fast, slow = (
-        ops.auto_correlation(*qkv, factor=factor, batch_delays=batch_delays, backend=b) for b in ("torch", "reference")
+        ops.auto_correlation(*qkv, factor=factor, batch_delays=batch_delays, backend=b) for b in (backend, "reference")
     )
     assert fast.shape == (3, 2, length, 5)
     assert _off(fast, slow) < 1e-11

@@ -6,11 +6,16 @@ from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
 from core_attn.ops.autocorrelation.fft import auto_correlation_fft
+from core_attn.ops.autocorrelation.gathers import auto_correlation_gathers
 from core_attn.ops.autocorrelation.reference import auto_correlation_reference
 
 AUTO_CORRELATION = Operator(
     "auto_correlation",
-    [Backend("torch", auto_correlation_fft), Backend("reference", auto_correlation_reference)],
+    [
+        Backend("torch", auto_correlation_fft),
+        Backend("gathers", auto_correlation_gathers),
+        Backend("reference", auto_correlation_reference),
+    ],
 )
 
 
@@ -30,7 +35,8 @@ def auto_correlation(
         factor: c > 0. At least one delay is used, where c ln L < 1 too, and at most L.
         batch_delays: choose the delays by the mean of R over the batch (the paper's training form; each sample keeps
             its own weights) and not for each sample (its evaluation form).
-        backend: "auto", "torch" (O(L log L)) or "reference" (O(L^2)).
+        backend: "auto", "torch" (O(L log L)), "gathers" (O(L^2), ordinary operations only, for exported graphs) or
+            "reference" (O(L^2)).
 
     Returns:
         (B, H, L, Dv), dtype of v. Half precision is computed in float32.
