@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, M context tokens, D = d_model, C channels of the seri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class Autoformer(ForecastModel):
     """
 
     config: AutoformerConfig
+    any_length: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class Autoformer(ForecastModel):
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         self.check_inputs(x, x_mark, y_mark)
         seasonal, trend = self.decomposition(x)
-        start = self.shape.seq_len - self.shape.label_len
+        start = x.shape[1] - self.shape.label_len
         mean = x.mean(dim=1, keepdim=True).expand(-1, self.shape.pred_len, -1)
         trend = torch.cat([trend[:, start:], mean], dim=1)
 

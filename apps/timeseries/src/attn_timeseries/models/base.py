@@ -6,8 +6,8 @@ Shapes: B batch, L = seq_len look-back, S = label_len + pred_len decoder tokens,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class SeriesShape:
         channels: series forecast together.
         marks: calendar features a step.
         season: steps of a season, such as 24 for hours; 1 = none known.
+        graph: (channels, channels) weights of the edges between the series, 0 = no edge; None = no graph known.
 
     Raises:
         ValueError: a length below its minimum, or a decoder start longer than the look-back.
@@ -35,6 +36,7 @@ class SeriesShape:
     channels: int
     marks: int
     season: int = 1
+    graph: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 1), ("label_len", 0), ("pred_len", 1), ("channels", 1), ("marks", 0)):
@@ -42,6 +44,11 @@ class SeriesShape:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.season < 1:
             raise ValueError(f"season must be at least 1 step, got {self.season}")
+        if self.graph is not None and tuple(self.graph.shape) != (self.channels, self.channels):
+            raise ValueError(
+                f"a graph of {self.channels} series is a matrix of {self.channels} x {self.channels}, "
+                f"got {tuple(self.graph.shape)}"
+            )
         if self.label_len > self.seq_len:
             raise ValueError(
                 f"label_len ({self.label_len}) cannot exceed seq_len ({self.seq_len}): the decoder starts with the end "
@@ -57,7 +64,12 @@ class ForecastModel(nn.Module):
         shape: the forecasting problem.
         mixer: name of the `core_attn` mechanism that mixes tokens; None = the paper's own.
         mixer_args: its options.
+
+    Class attributes:
+        any_length: whether the weights serve look-backs of every length; `allow_lengths` then lets them in.
     """
+
+    any_length: ClassVar[bool] = False
 
     def __init__(
         self, config: Any, shape: SeriesShape, *, mixer: str | None = None, mixer_args: Mapping[str, Any] | None = None
@@ -65,6 +77,28 @@ class ForecastModel(nn.Module):
         super().__init__()
         self.config = config
         self.shape = shape
+        self.longest: int | None = None
+
+    @property
+    def shortest(self) -> int:
+        """Steps of the shortest look-back that `allow_lengths` lets in."""
+        return max(1, self.shape.label_len)
+
+    def allow_lengths(self, longest: int) -> None:
+        """From now on take look-backs of `shortest` to `longest` steps, not of the trained length alone.
+
+        Raises:
+            ValueError: the model has weights of its own for each step of the look-back.
+        """
+        if not self.any_length:
+            raise ValueError(
+                f"{type(self).__name__} has weights for each of the {self.shape.seq_len} steps of its look-back, so it "
+                f"takes look-backs of that length only"
+            )
+        for module in self.modules():
+            if module is not self and hasattr(module, "allow_lengths"):
+                module.allow_lengths(longest)
+        self.longest = longest
 
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         """Forecast.
@@ -84,10 +118,12 @@ class ForecastModel(nn.Module):
 
     def check_inputs(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> None:
         """Refuse, in one sentence, tensors of another shape than the model was built for."""
-        s = self.shape
+        s, steps = self.shape, self.shape.seq_len
+        if self.longest is not None and x.dim() == 3 and self.shortest <= x.shape[1] <= self.longest:
+            steps = x.shape[1]
         for name, tensor, length, width in (
-            ("x", x, s.seq_len, s.channels),
-            ("x_mark", x_mark, s.seq_len, s.marks),
+            ("x", x, steps, s.channels),
+            ("x_mark", x_mark, steps, s.marks),
             ("y_mark", y_mark, s.label_len + s.pred_len, s.marks),
         ):
             if tensor.dim() != 3 or tuple(tensor.shape[1:]) != (length, width):
@@ -98,7 +134,7 @@ class ForecastModel(nn.Module):
 
     def decoder_values(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, S, C): the last label_len steps, then zeros in the place of what is to be forecast."""
-        start = x[:, self.shape.seq_len - self.shape.label_len :]
+        start = x[:, x.shape[1] - self.shape.label_len :]
         return torch.cat([start, x.new_zeros(x.shape[0], self.shape.pred_len, x.shape[2])], dim=1)
 
 

@@ -41,6 +41,11 @@ class DataEmbedding(nn.Module):
             "positions", None if positions is None else sinusoidal_positions(positions, dim), persistent=False
         )
 
+    def allow_lengths(self, longest: int) -> None:
+        """Make room for sequences of up to `longest` steps: positions are computed, not learnt."""
+        if self.positions is not None and longest > len(self.positions):
+            self.positions = sinusoidal_positions(longest, self.token.out_features).to(self.positions)
+
     def forward(self, x: Tensor, marks: Tensor) -> Tensor:
         """(B, L, C), (B, L, F) -> (B, L, D)."""
         if self.calendar is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Naive(MixerFreeModel):
     """Every future step equals the last one seen: y_h = x_L."""
 
     config: NaiveConfig
+    any_length: ClassVar[bool] = True
 
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         self.check_inputs(x, x_mark, y_mark)
@@ -37,6 +38,7 @@ class SeasonalNaive(MixerFreeModel):
     """
 
     config: SeasonalNaiveConfig
+    any_length: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -52,7 +54,11 @@ class SeasonalNaive(MixerFreeModel):
         season = config.season or shape.season
         self.season = season if season <= shape.seq_len else 1
 
+    @property
+    def shortest(self) -> int:
+        return max(super().shortest, self.season)
+
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
         self.check_inputs(x, x_mark, y_mark)
         steps = torch.arange(self.shape.pred_len, device=x.device) % self.season
-        return x[:, self.shape.seq_len - self.season + steps]
+        return x[:, x.shape[1] - self.season + steps]
