@@ -34,9 +34,10 @@ SIZES = {
     "patch_len": 8,
     "stride": 4,
 }
-ATTENTION = [name for name, card in MODELS.items() if card.mixer]
-TRAINABLE = [name for name, card in MODELS.items() if card.trainable]
-NAIVE = [name for name, card in MODELS.items() if not card.trainable]
+FORECASTERS = {name: card for name, card in MODELS.items() if "forecast" in (card.kinds or ("forecast",))}
+ATTENTION = [name for name, card in FORECASTERS.items() if card.mixer]
+TRAINABLE = [name for name, card in FORECASTERS.items() if card.trainable]
+NAIVE = [name for name, card in FORECASTERS.items() if not card.trainable]
 
 
 def build(name: str, shape: SeriesShape = SHAPE, mixer: str | None = None, **options) -> torch.nn.Module:
@@ -75,7 +76,7 @@ def batch(shape: SeriesShape = SHAPE, size: int = 2, dtype: torch.dtype = torch.
         pytest.param({"pred_len": 1}, id="one-step"),
     ],
 )
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORECASTERS)
 def test_shapes(name, shape):
     shape = dataclasses.replace(SHAPE, **shape)
     y = build(name, shape)(*batch(shape))
@@ -107,7 +108,7 @@ def test_training_lowers_the_loss(name):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORECASTERS)
 def test_evaluation_is_deterministic_and_independent_of_the_batch(name):
     model = build(name).eval()
     inputs = batch(size=5)
@@ -154,7 +155,7 @@ def test_works_in_inference_mode_and_trains_afterwards(name):
     model.train()(*inputs).sum().backward()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORECASTERS)
 def test_wrong_shapes_are_refused_in_a_sentence(name):
     model, (x, x_mark, y_mark) = build(name), batch()
     with pytest.raises(ValueError, match=r"built for x of shape \(B, 24, 3\), got \(2, 23, 3\)"):
@@ -219,7 +220,7 @@ def test_unknown_and_unfit_mixers_are_refused(monkeypatch):
         build("transformer", mixer="flow")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ATTENTION])
+@pytest.mark.parametrize("name", [name for name in FORECASTERS if name not in ATTENTION])
 def test_models_without_attention_take_no_mixer(name):
     with pytest.raises(ValueError, match="takes no mixer"):
         build(name, mixer="softmax")
@@ -418,7 +419,7 @@ def test_the_list_of_models_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FORECASTERS)
 def test_cards_name_what_exists(name):
     card = MODELS[name]
     assert callable(load(card.target))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from attn_shared.app import App, Kind
 from attn_timeseries.config import MODELS
 from attn_timeseries.data.cards import DATASETS, FILE_FORMATS, FILE_SUFFIXES, ForecastDataConfig
+from attn_timeseries.traffic import cards as traffic
 
 KINDS = (
     Kind(
@@ -15,6 +16,7 @@ KINDS = (
         default_model="patchtst",
         default_data="co2",
     ),
+    traffic.KIND,
 )
 
 APP = App(
@@ -22,10 +24,10 @@ APP = App(
     package="attn_timeseries",
     title="Forecast time series with published attention models, scored beside strong baselines",
     models=MODELS,
-    datasets=DATASETS,
+    datasets={**DATASETS, **traffic.DATASETS},
     kinds=KINDS,
     kind_of_file="attn_timeseries.cli:kind_of_file",
-    file_formats=FILE_FORMATS,
+    file_formats=f"{FILE_FORMATS} {traffic.FILE_FORMATS}",
     file_suffixes=FILE_SUFFIXES,
     check_file="attn_timeseries.data.table:check_file",
     commands={"demo": ("attn_timeseries.demo:main", "train, score and forecast the built-in data in about a minute")},
@@ -33,7 +35,9 @@ APP = App(
 
 
 def kind_of_file(path: str) -> str:
-    """The kind of task that a file of the user's own is for, by its name; `--kind` says another."""
+    """The kind of task that a file of the user's own is for; `--kind` says another."""
+    if traffic.is_traffic(path):
+        return traffic.NAME
     return "forecast"
 
 

@@ -217,6 +217,42 @@ class DLinearConfig:
 
 
 @dataclass(kw_only=True)
+class STTNConfig:
+    """STTN (S100), Sections 3 and 4; sizes of the official code.
+
+    Attributes:
+        d_model: channels of a sensor at a step.
+        n_heads: attention heads, between sensors and over time; divides d_model.
+        layers: blocks of a spatial and a temporal transformer.
+        d_ff: width of the three-layer feed-forward networks.
+        order: Chebyshev polynomials of the fixed graph convolution.
+        fusion: how the fixed and the dynamic spatial features join. "gate": weighed by a sigmoid of both, a number a
+            sensor and step (the paper); "sum": ReLU of the dynamic features, the input and a tenth of the fixed (as
+            the official code).
+        norm: a layer norm after each residual sum of the attention and feed-forward layers, as in the official code.
+        head: what the prediction layer reads: "last", the last step's features (the paper); "window", those of all
+            steps (as the official code).
+        d_head: width between the prediction layer's two convolutions.
+        calendar: the calendar features of each step enter beside the value; not in the paper.
+        mixer_in: which attention `--mixer` replaces: "spatial" (between sensors), "temporal" or "both".
+        dropout: probability, of attention weights too.
+    """
+
+    d_model: int = 64
+    n_heads: int = 1
+    layers: int = 1
+    d_ff: int = 128
+    order: int = 3
+    fusion: Literal["gate", "sum"] = "gate"
+    norm: bool = True
+    head: Literal["last", "window"] = "last"
+    d_head: int = 512
+    calendar: bool = False
+    mixer_in: Literal["both", "spatial", "temporal"] = "both"
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
 class NaiveConfig:
     """Repeat the last value: nothing to choose."""
 
@@ -246,6 +282,7 @@ MODELS: dict[str, ModelCard] = {
             config=AutoformerConfig,
             mixer="auto_correlation",
             mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
             note="seasonal and trend parts, split in every layer; the mixer is in encoder and decoder",
         ),
         ModelCard(
@@ -257,6 +294,7 @@ MODELS: dict[str, ModelCard] = {
             config=InformerConfig,
             mixer="prob_sparse",
             mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
             note="distilling encoder, one-pass decoder; the mixer is the self-attention of both",
         ),
         ModelCard(
@@ -268,6 +306,7 @@ MODELS: dict[str, ModelCard] = {
             config=FlowformerConfig,
             mixer="flow",
             mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
             note="Transformer with linear attention; the mixer is in the encoder",
         ),
         ModelCard(
@@ -279,6 +318,7 @@ MODELS: dict[str, ModelCard] = {
             config=TransformerConfig,
             mixer="softmax",
             mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
             note="encoder-decoder over time steps; the mixer is in encoder and decoder",
         ),
         ModelCard(
@@ -290,6 +330,7 @@ MODELS: dict[str, ModelCard] = {
             config=ITransformerConfig,
             mixer="softmax",
             mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
             note="a variate is a token",
         ),
         ModelCard(
@@ -301,7 +342,21 @@ MODELS: dict[str, ModelCard] = {
             config=PatchTSTConfig,
             mixer="softmax",
             mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
             note="a patch is a token, each channel by itself",
+        ),
+        ModelCard(
+            name="sttn",
+            title="Spatial-Temporal Transformer Networks for Traffic Flow Forecasting",
+            source="S100",
+            year=2020,
+            target="attn_timeseries.models.sttn:STTN",
+            config=STTNConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            kinds=("traffic",),
+            note="sensors read each other by graph convolution and attention, fused by a gate; the mixer is between "
+            "sensors and over time",
         ),
         ModelCard(
             name="dlinear",
@@ -310,6 +365,7 @@ MODELS: dict[str, ModelCard] = {
             year=2023,
             target="attn_timeseries.models.dlinear:DLinear",
             config=DLinearConfig,
+            kinds=("forecast", "traffic"),
             note="two linear maps from look-back to horizon: the baseline to beat",
         ),
         ModelCard(
@@ -320,6 +376,7 @@ MODELS: dict[str, ModelCard] = {
             target="attn_timeseries.models.naive:Naive",
             config=NaiveConfig,
             trainable=False,
+            kinds=("forecast", "traffic"),
             note="no parameters",
         ),
         ModelCard(
@@ -330,6 +387,7 @@ MODELS: dict[str, ModelCard] = {
             target="attn_timeseries.models.naive:SeasonalNaive",
             config=SeasonalNaiveConfig,
             trainable=False,
+            kinds=("forecast", "traffic"),
             note="no parameters; the last value where the look-back is shorter than a season",
         ),
     )

@@ -50,7 +50,7 @@ def predict_files(task: ForecastTask, inputs: Sequence[Path], output: Path, opti
         raise UserError(f"{output} is a file; name a folder with --output") from None
     written: list[Path] = []
     for path in paths:
-        table = _read(task, path)
+        table = task.read_input(path)
         forecasts = [forecast_series(task, one, table) for one in table.series]
         target = output / f"{path.stem}_forecast.csv"
         write_atomically(target, lambda file, t=table, f=forecasts: _write_csv(file, t, f))  # type: ignore[misc]
@@ -60,7 +60,7 @@ def predict_files(task: ForecastTask, inputs: Sequence[Path], output: Path, opti
     return written
 
 
-def _read(task: ForecastTask, path: Path) -> SeriesTable:
+def read_input(task: ForecastTask, path: Path) -> SeriesTable:
     """The file's table, its columns those of the training data, in their order."""
     from attn_timeseries.task import check_step
 

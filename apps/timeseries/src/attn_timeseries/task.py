@@ -41,14 +41,7 @@ class ForecastTask(Task):
     def __init__(self, config: RunConfig, data_state: Mapping[str, Any]) -> None:
         super().__init__(config, data_state)
         args: ForecastDataConfig = config.data_args
-        self.shape = SeriesShape(
-            seq_len=args.seq_len,
-            label_len=args.label_len,
-            pred_len=args.pred_len,
-            channels=len(data_state["columns"]),
-            marks=len(feature_names(data_state["calendar"])),
-            season=data_state["season"],
-        )
+        self.shape = self.series_shape(args, data_state)
         try:
             self.network: ForecastModel = load(MODELS[config.model].target)(
                 config.model_args, self.shape, mixer=config.mixer, mixer_args=dict(config.mixer_args)
@@ -57,6 +50,18 @@ class ForecastTask(Task):
             raise UserError(f"model {config.model!r}: {error}") from None
         self.scaler = Scaler.from_state(data_state["scaler"])
         self._scores: dict[str, metrics.ForecastScores] = {}
+
+    @classmethod
+    def series_shape(cls, args: ForecastDataConfig, data_state: Mapping[str, Any]) -> SeriesShape:
+        """The problem that a model is built for."""
+        return SeriesShape(
+            seq_len=args.seq_len,
+            label_len=args.label_len,
+            pred_len=args.pred_len,
+            channels=len(data_state["columns"]),
+            marks=len(feature_names(data_state["calendar"])),
+            season=data_state["season"],
+        )
 
     @property
     def model(self) -> ForecastModel:
@@ -247,6 +252,12 @@ class ForecastTask(Task):
         }
 
     # -- files --------------------------------------------------------------------------------------------------------
+
+    def read_input(self, path: Path) -> SeriesTable:
+        """A file to forecast from, its columns those of the training data."""
+        from attn_timeseries.predict import read_input
+
+        return read_input(self, path)
 
     def predict_files(self, inputs: Sequence[Path], output: Path, options: Mapping[str, Any]) -> list[Path]:
         from attn_timeseries.predict import predict_files
