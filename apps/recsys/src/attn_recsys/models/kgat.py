@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,8 @@ class KGAT(ItemModel):
     The attention of the edges is computed from the vectors at the start of each epoch and held through it, without
     gradient, as the official code does. Outside training it follows the vectors as they are.
     """
+
+    reads_graph: ClassVar[bool] = True
 
     relation: Tensor
     by_relation: Tensor
@@ -222,7 +224,7 @@ class KGAT(ItemModel):
     # -- propagation --------------------------------------------------------------------------------------------------
 
     def propagate(self) -> Tensor:
-        """(nodes, sum of widths) vectors after 0, 1, … layers side by side, the later ones of length 1: eq. (3)-(11)."""
+        """(nodes, sum of widths) vectors after 0, 1, … layers side by side, later ones of length 1: eq. (3)-(11)."""
         attention = self.attention if self.training else self._weights()
         x, edges = self.entity_user_embed.weight, kept_edges(self)
         found = [x]
@@ -290,7 +292,7 @@ class KGAT(ItemModel):
         r = self.relation_embed(relation[order])
         right, wrong = (h + r - t).square().sum(-1), (h + r - c).square().sum(-1)
         regular = half_square(h) + half_square(r) + half_square(t) + half_square(c)
-        return F.softplus(right - wrong).mean() + self.config.kg_l2loss_lambda * regular
+        return self.config.kg_l2loss_lambda * regular - F.logsigmoid(wrong - right).mean()
 
     # -- reasons ------------------------------------------------------------------------------------------------------
 

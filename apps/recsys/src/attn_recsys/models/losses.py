@@ -18,7 +18,7 @@ def bpr(user: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """
     better = (user * positive).sum(-1, keepdim=True)
     worse = torch.einsum("bd,bnd->bn", user, negative)
-    return F.softplus(worse - better).mean()
+    return -F.logsigmoid(better - worse).mean()
 
 
 def half_square(x: Tensor) -> Tensor:
