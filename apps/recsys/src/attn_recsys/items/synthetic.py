@@ -23,8 +23,8 @@ def synthetic() -> Corpus:
     school = np.arange(MAKERS) % SCHOOLS
     maker = rng.integers(0, MAKERS, total)
     tag = rng.integers(0, TAGS, total)
-    quality = rng.normal(0.0, 0.6, total)
-    by_school = rng.normal(0.0, 1.6, (USERS, SCHOOLS))
+    quality = rng.normal(0.0, 0.5, total)
+    by_school = rng.normal(0.0, 2.5, (USERS, SCHOOLS))
     by_tag = rng.normal(0.0, 0.7, (USERS, TAGS))
     liking = by_school[:, school[maker]] + by_tag[:, tag] + quality
     liking[:, ITEMS:] = -np.inf  # nobody had them yet
