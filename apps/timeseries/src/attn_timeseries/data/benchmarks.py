@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from attn_shared.errors import UserError
 from attn_timeseries.data.cards import ForecastDataConfig
+
+if TYPE_CHECKING:
+    from attn_timeseries.data.table import Series
 
 ETTH_BORDERS = (12 * 720, 16 * 720, 20 * 720)
 
@@ -32,7 +39,7 @@ class Borders:
 
 
 def split_rule(config: ForecastDataConfig, data: str) -> str:
-    """ "etth" or "ratio"."""
+    """ "etth", "ratio" or "time"."""
     if config.split == "auto":
         return "etth" if data.lower().startswith("etth") else "ratio"
     return config.split
@@ -45,4 +52,18 @@ def borders(rows: int, rule: str, config: ForecastDataConfig) -> Borders:
             raise UserError(f"split 'etth' needs {ETTH_BORDERS[-1]:,} rows, the series has {rows:,}; use split 'ratio'")
         return Borders(*ETTH_BORDERS)
     train = int(rows * config.train_fraction)
+    if rule == "history":  # what a backtest has at an origin: training and validation, and the test lies ahead
+        return Borders(train, rows, rows)
     return Borders(train, rows - int(rows * config.test_fraction), rows)
+
+
+def all_borders(series: Sequence[Series], rule: str, config: ForecastDataConfig) -> list[Borders]:
+    """Borders of each series. By rule "time" they lie at the same two times in all: at the fractions of all times."""
+    if "time" not in (rule, config.split) or rule == "etth" or len(series) == 1:
+        return [borders(len(one.times), rule, config) for one in series]
+    stamps = np.unique(np.concatenate([one.times.asi8 for one in series]))
+    whole = borders(len(stamps), rule, config)
+    # A part without rows begins behind the last time.
+    edges = np.append(stamps, stamps[-1] + 1)[[whole.train, whole.val]]
+    places = [np.searchsorted(one.times.asi8, edges) for one in series]
+    return [Borders(int(train), int(val), len(one.times)) for one, (train, val) in zip(series, places)]

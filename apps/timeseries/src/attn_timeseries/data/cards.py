@@ -19,13 +19,16 @@ class ForecastDataConfig:
         columns: value columns, in order; None = every column of numbers.
         time_column: the column of times; None = found by its name and contents.
         id_column: the column that names the series of a long table; None = found where times repeat.
+        id_columns: several columns that name a series together, from the widest group to the narrowest, such as
+            region,store; each may also be one of `static_categories`.
         delimiter: "," ";" "tab" or "|"; None = found.
         frequency: step as a pandas alias such as "h", "15min", "D", "W-SUN", "MS"; None = inferred.
         calendar: frequency whose calendar features are used; None = the data's own. The Autoformer scripts use "h"
             for every data set.
         season: steps in a season, for the seasonal naive forecast and MASE; None = from the frequency (24 for hours).
-        split: "etth" = rows 12*720, 16*720, 20*720; "ratio" = by the fractions below; "auto" = etth for etth1 and
-            etth2, else ratio.
+        split: "etth" = rows 12*720, 16*720, 20*720; "ratio" = each series by the fractions below; "time" = all series
+            at the same two times, so that a series may lie in the test part only; "auto" = etth for etth1 and etth2,
+            else ratio.
         train_fraction: first part of each series, for training and for the scaler.
         test_fraction: last part of each series; what lies between is for validation.
         missing: "interpolate" = fill gaps over time (never from beyond the end of a look-back, never scored);
@@ -33,6 +36,12 @@ class ForecastDataConfig:
         max_gap: longest run of missing steps that is filled.
         scale: "standard" = subtract the mean of the training rows and divide by their deviation; "none".
         scaler: "global" = one mean and deviation a column; "series" = one a column and series.
+        known_covariates: columns of numbers known also for the steps to forecast, such as a planned price.
+        known_categories: columns of categories known so, such as a holiday's name.
+        past_covariates: columns of numbers known up to now only, such as the weather.
+        past_categories: columns of categories known so.
+        static_covariates: columns with one number a series.
+        static_categories: columns with one category a series; levels of the id are among them where named.
     """
 
     seq_len: int = 96
@@ -41,23 +50,52 @@ class ForecastDataConfig:
     columns: list[str] | None = None
     time_column: str | None = None
     id_column: str | None = None
+    id_columns: list[str] | str | None = None
     delimiter: str | None = None
     frequency: str | None = None
     calendar: str | None = None
     season: int | None = None
-    split: Literal["auto", "etth", "ratio"] = "auto"
+    split: Literal["auto", "etth", "ratio", "time"] = "auto"
     train_fraction: float = 0.7
     test_fraction: float = 0.2
     missing: Literal["interpolate", "error"] = "interpolate"
     max_gap: int = 24
     scale: Literal["standard", "none"] = "standard"
     scaler: Literal["global", "series"] = "global"
+    known_covariates: list[str] | str | None = None
+    known_categories: list[str] | str | None = None
+    past_covariates: list[str] | str | None = None
+    past_categories: list[str] | str | None = None
+    static_covariates: list[str] | str | None = None
+    static_categories: list[str] | str | None = None
+
+
+def name_list(names: list[str] | str | None) -> list[str]:
+    """Names of columns as options give them: a list, or text with commas between them."""
+    if isinstance(names, str):
+        names = names.split(",")
+    return [name.strip() for name in names or () if name.strip()]
+
+
+@dataclass(kw_only=True)
+class ForecastPredictOptions:
+    """Options of `predict`.
+
+    Attributes:
+        future: table of the known covariates of the steps to forecast (times, names of series, covariates), where the
+            input has no rows for them.
+    """
+
+    future: str | None = None
 
 
 FILE_FORMATS = (
     "CSV (comma, semicolon with decimal comma, tab or |) or Parquet with a header, one column of times and one or more "
     "columns of numbers: a row a step. Several series: one below the other, with a column that names the series. "
-    "Frequency, gaps, duplicates and order are found and reported."
+    "Frequency, gaps, duplicates and order are found and reported. Covariates are further columns, named in "
+    "--data_args.known_covariates, .past_covariates, .static_covariates (numbers) and .known_categories, "
+    ".past_categories, .static_categories; `predict` takes those of the future from rows with empty targets at the "
+    "end, or from --future FILE."
 )
 FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".pq")
 
@@ -157,6 +195,23 @@ DATASETS: dict[str, DataCard] = {
             ),
             manual=_manual("national_illness.csv", "the data folder linked in github.com/thuml/Autoformer"),
             facts={"step": "1 week", "span": "2002-01-01 to 2020-06-30", "missing": "none"},
+        ),
+        DataCard(
+            name="demand",
+            title="Daily sales of twelve shops, decided by plans known ahead (synthetic)",
+            task="forecasting with covariates, 1 variable, 12 series in 3 regions",
+            licence="Apache-2.0 (made by this package)",
+            source="attn_timeseries.data.synthetic",
+            size="12 series of 540 to 600 days, 0.4 MB",
+            split=RATIO_SPLIT,
+            citation="none: synthetic",
+            synthetic=True,
+            facts={
+                "step": "1 day",
+                "known ahead": "price, promotion, holiday",
+                "known up to now": "visitors",
+                "of each shop": "region, format, area",
+            },
         ),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def source_path(data: str) -> Path:
             raise unknown("data set", data, DATASETS)
         except UnknownNameError as error:
             raise UserError(f"{error} (or name a CSV or Parquet file)") from None
+    if card.synthetic:
+        from attn_timeseries.data.synthetic import demand_file
+
+        return demand_file()
     if card.embedded:
         # The file is found without importing statsmodels, which takes seconds.
         spec = importlib.util.find_spec("statsmodels")
@@ -39,4 +44,16 @@ def source_path(data: str) -> Path:
 
 def read_source(data: str, config: ForecastDataConfig) -> SeriesTable:
     """Read a data set by name, or a file of one's own."""
-    return read_table(source_path(data), config)
+    return read_table(source_path(data), with_roles(data, config))
+
+
+def with_roles(data: str, config: ForecastDataConfig) -> ForecastDataConfig:
+    """The options, with the columns and covariates of a data set whose roles are known where the options name none."""
+    card = DATASETS.get(data)
+    if card is None or not card.synthetic:
+        return config
+    from attn_timeseries.data.synthetic import DEMAND_ROLES
+
+    return dataclasses.replace(
+        config, **{name: value for name, value in DEMAND_ROLES.items() if getattr(config, name) is None}
+    )

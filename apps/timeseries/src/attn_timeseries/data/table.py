@@ -5,6 +5,7 @@ A mistake is refused in one sentence with file and line; whatever else was found
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,17 @@ import numpy as np
 import pandas as pd
 
 from attn_shared.errors import UserError
-from attn_timeseries.data.cards import ForecastDataConfig
+from attn_timeseries.data.cards import ForecastDataConfig, name_list
+from attn_timeseries.data.covariates import (
+    CATEGORIES,
+    NUMBERS,
+    OPTIONS,
+    CovariateColumns,
+    SeriesCovariates,
+    categories,
+    longest_run,
+    roles_of,
+)
 from attn_timeseries.data.csvtext import MISSING, Cells, read_cells
 from attn_timeseries.data.times import TIME_NAMES, check_frequency, infer_frequency, is_clock, on_grid, parse_times
 from core_attn.naming import UnknownNameError, unknown
@@ -23,11 +34,17 @@ ID_NAMES = ("id", "unique_id", "series", "series_id", "item_id", "station", "sen
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One series on its grid: `times` (T,) regular, `values` (T, C) float64, NaN where nothing was observed."""
+    """One series on its grid: `times` (T,) regular, `values` (T, C) float64, NaN where nothing was observed.
+
+    `ids` are the cells of the table's `id_columns`, `name` is what they make together; `covariates` are None where the
+    table has none.
+    """
 
     name: str
     times: pd.DatetimeIndex
     values: np.ndarray
+    ids: tuple[str, ...] = ()
+    covariates: SeriesCovariates | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +53,10 @@ class SeriesTable:
 
     Attributes:
         source: file name for messages.
-        time_column, id_column: names in the file; no id column where the file holds one series.
+        time_column, id_column: names in the file; no id column where the file holds one series; names of several are
+            joined by a stroke.
+        id_columns: the columns that name a series, one or more.
+        roles: role -> columns of its covariates.
         columns: value columns, the order of `Series.values`.
         frequency: pandas alias of the step.
         form: how the file is written: encoding, separator, decimal comma, which column names the series.
@@ -49,46 +69,77 @@ class SeriesTable:
     columns: list[str]
     frequency: str
     series: list[Series]
+    id_columns: list[str] = field(default_factory=list)
+    roles: dict[str, list[str]] = field(default_factory=dict)
     form: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read_table(path: Path, config: ForecastDataConfig) -> SeriesTable:
+def read_table(
+    path: Path, config: ForecastDataConfig, *, likely_ids: Sequence[str] = (), targets: bool = True
+) -> SeriesTable:
     """Read and check a file.
+
+    Args:
+        likely_ids: columns that name the series if they are all there and the options name none.
+        targets: False reads a table of known covariates only: its series have no columns of values.
 
     Raises:
         UserError: one sentence with file and line.
     """
     path = Path(path)
-    named = {name for name in (config.time_column, config.id_column) if name}
+    roles = roles_of(config)
+    if not targets:
+        roles = {role: names for role, names in roles.items() if role.startswith("known")}
+    ids = _id_options(config)
+    texts = {name for role in CATEGORIES for name in roles.get(role, ())}
+    named = {name for name in (config.time_column, *ids, *likely_ids) if name}
+    numbers = [name for role in NUMBERS for name in roles.get(role, ())]
     cells = read_cells(
         path,
         delimiter=config.delimiter,
         # Times that look like numbers (20200131) and names like 007 must stay text.
-        text_columns=named | set(ID_NAMES) | set(TIME_NAMES) | {n.capitalize() for n in TIME_NAMES},
-        only=config.columns,
+        text_columns=named | texts | set(ID_NAMES) | set(TIME_NAMES) | {n.capitalize() for n in TIME_NAMES},
+        only=None if config.columns is None else [*config.columns, *numbers],
         max_columns=MAX_COLUMNS,
     )
+    if not ids and all(name in cells.frame for name in likely_ids):
+        ids = list(likely_ids)
     form, notes = list(cells.notes), []  # type: list[str], list[str]
     time_column = _find_time(cells, config)
     times = _times(cells, time_column, form)
-    columns, id_column = _roles(cells, times, time_column, config, form)
+    if targets:
+        columns, ids = _roles(cells, times, time_column, ids, roles, config, form)
+    else:
+        columns, ids = [], _known_only(cells, time_column, ids, roles)
     values = _values(cells, columns)
-    codes, names = _ids(cells, id_column)
+    covariates = _covariates(cells, roles)
+    codes, names = _ids(cells, ids)
     bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
+    compared = covariates.beside(values) if covariates else values
     parts = [
-        (name, _sorted_rows(cells, times, values, rows, name, notes))
+        (name, _sorted_rows(cells, times, compared, rows, "/".join(name), notes))
         for name, rows in zip(names, np.split(np.argsort(codes, kind="stable"), bounds))
     ]
     frequency = _frequency(cells, times, parts, config, notes)
-    series = [_regular(cells, name, times, values, rows, frequency, columns, config, notes) for name, rows in parts]
+    series = []
+    for name, rows in parts:
+        one = _regular(
+            cells, name, times, values, rows, frequency, columns, covariates, config, notes, alone=len(parts) == 1
+        )
+        if one is not None:
+            series.append(one)
+    if not series:
+        raise UserError(f"{cells.source}: no series has a value in any of {', '.join(map(repr, columns))}")
     return SeriesTable(
         source=cells.source,
         time_column=time_column,
-        id_column=id_column,
+        id_column="/".join(ids) or None,
         columns=columns,
         frequency=frequency,
         series=series,
+        id_columns=ids,
+        roles=roles,
         form=form,
         notes=_summed(notes),
     )
@@ -168,26 +219,46 @@ def _times(cells: Cells, name: str, notes: list[str]) -> pd.DatetimeIndex:
     return pd.DatetimeIndex(times)
 
 
+def _id_options(config: ForecastDataConfig) -> list[str]:
+    """The columns that the options say name a series."""
+    several = name_list(config.id_columns)
+    if several and config.id_column is not None:
+        raise UserError("give data_args.id_column for one column or data_args.id_columns for several, not both")
+    if len(set(several)) != len(several):
+        raise UserError(f"data_args.id_columns names a column twice: {', '.join(several)}")
+    return several or ([config.id_column] if config.id_column is not None else [])
+
+
 def _roles(
-    cells: Cells, times: pd.DatetimeIndex, time_column: str, config: ForecastDataConfig, notes: list[str]
-) -> tuple[list[str], str | None]:
-    """Value columns and id column."""
+    cells: Cells,
+    times: pd.DatetimeIndex,
+    time_column: str,
+    ids: list[str],
+    roles: dict[str, list[str]],
+    config: ForecastDataConfig,
+    notes: list[str],
+) -> tuple[list[str], list[str]]:
+    """Value columns and id columns."""
     frame = cells.frame
     others = [name for name in frame.columns if name != time_column]
-    id_column = config.id_column
-    if id_column is not None:
-        _lookup("id column", id_column, others, cells.source)
-        others.remove(id_column)
+    for name in ids:
+        _lookup("id column", name, others, cells.source)
+    _check_roles(cells, time_column, others, ids, roles)
+    chosen = {name for names in roles.values() for name in names}
     if config.columns is not None:
         for name in config.columns:
             _lookup("column", name, others, cells.source)
-        if id_column is None:
-            id_column = _guess_id(cells, times, [n for n in others if n not in config.columns], notes)
-        return list(config.columns), id_column
-    if id_column is None:
-        id_column = _guess_id(cells, times, others, notes)
-        if id_column is not None:
-            others.remove(id_column)
+            if name in ids:
+                raise UserError(f"column {name!r} names the series, so it is none of data_args.columns")
+    taken = chosen | set(config.columns or ())
+    if not ids:
+        # A category of each series may be what names it.
+        free = [name for name in others if name not in taken or name in roles.get("static_cat", ())]
+        found = _guess_id(cells, times, free, notes)
+        ids = [found] if found is not None else []
+    if config.columns is not None:
+        return list(config.columns), ids
+    others = [name for name in others if name not in chosen and name not in ids]
     for name in others:
         text = _text_share(cells, name)
         if text > 0.5:
@@ -196,12 +267,54 @@ def _roles(
                     f"{cells.source}: date and time stand in two columns ({time_column!r}, {name!r}); join them in one"
                 )
             raise UserError(
-                f"{cells.source}: column {name!r} holds text; leave it out with --data_args.columns, or name it "
-                f"with --data_args.id_column if it names the series"
+                f"{cells.source}: column {name!r} holds text; leave it out with --data_args.columns, name it with "
+                f"--data_args.id_column if it names the series, or with --data_args.known_categories or another role "
+                f"if it is a covariate"
             )
     if not others:
-        raise UserError(f"{cells.source}: no column of numbers beside the times ({time_column!r})")
-    return others, id_column
+        raise UserError(
+            f"{cells.source}: no column of numbers beside the times ({time_column!r})"
+            + (" and the covariates" if chosen else "")
+        )
+    return others, ids
+
+
+def _check_roles(
+    cells: Cells, time_column: str, others: list[str], ids: list[str], roles: dict[str, list[str]]
+) -> None:
+    for role, names in roles.items():
+        for name in names:
+            if name == time_column:
+                raise UserError(
+                    f"{cells.source}: column {name!r} holds the times, so it is none of data_args.{OPTIONS[role]}"
+                )
+            if name in ids and role != "static_cat":
+                raise UserError(
+                    f"{cells.source}: column {name!r} names the series, so as a covariate it is one of "
+                    "data_args.static_categories"
+                )
+            _lookup("covariate", name, others, cells.source)
+
+
+def _known_only(cells: Cells, time_column: str, ids: list[str], roles: dict[str, list[str]]) -> list[str]:
+    """The id columns of a table that holds only known covariates."""
+    others = [name for name in cells.frame.columns if name != time_column]
+    for name in ids:
+        _lookup("id column", name, others, cells.source)
+    _check_roles(cells, time_column, others, ids, roles)
+    return ids
+
+
+def _covariates(cells: Cells, roles: dict[str, list[str]]) -> CovariateColumns:
+    values = {role: _values(cells, roles[role], f"data_args.{OPTIONS[role]}") for role in NUMBERS if role in roles}
+    codes: dict[str, np.ndarray] = {}
+    levels: dict[str, list[list[str]]] = {}
+    for role in CATEGORIES:
+        if role in roles:
+            found = [categories(cells, name, role) for name in roles[role]]
+            codes[role] = np.stack([code for code, _ in found], axis=1)
+            levels[role] = [texts for _, texts in found]
+    return CovariateColumns(roles=roles, values=values, codes=codes, levels=levels)
 
 
 def _text_share(cells: Cells, name: str) -> float:
@@ -230,7 +343,7 @@ def _guess_id(cells: Cells, times: pd.DatetimeIndex, others: list[str], notes: l
     return None
 
 
-def _values(cells: Cells, columns: list[str]) -> np.ndarray:
+def _values(cells: Cells, columns: list[str], option: str = "") -> np.ndarray:
     """(rows, C) float64; text, infinite and over-large numbers are refused with their line."""
     values = np.empty((len(cells.frame), len(columns)))
     for c, name in enumerate(columns):
@@ -250,7 +363,8 @@ def _values(cells: Cells, columns: list[str]) -> np.ndarray:
         values[:, c] = column.to_numpy(dtype=np.float64, na_value=np.nan)
         if np.isnan(values[:, c]).all():
             raise UserError(
-                f"{cells.source}: column {name!r} holds no number at all; leave it out with --data_args.columns"
+                f"{cells.source}: column {name!r} holds no number at all; leave it out "
+                + (f"of {option}" if option else "with --data_args.columns")
             )
     large = np.isinf(values) | (np.abs(values) > 1e30)
     if large.any():
@@ -260,17 +374,31 @@ def _values(cells: Cells, columns: list[str]) -> np.ndarray:
     return values
 
 
-def _ids(cells: Cells, id_column: str | None) -> tuple[np.ndarray, list[str]]:
-    """Number of the series each row belongs to, and the series' names in order of appearance."""
-    if id_column is None:
-        return np.zeros(len(cells.frame), dtype=np.int64), [""]
-    column = cells.frame[id_column]
-    missing = column.isna().to_numpy()
-    if missing.any():
-        raise UserError(f"{cells.where(int(missing.argmax()))}: the name of the series is missing ({id_column!r})")
-    text = column.astype(str).str.strip()
-    codes, names = pd.factorize(text)
-    return codes, [str(name) for name in names]
+def _ids(cells: Cells, columns: list[str]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Number of the series each row belongs to, and the series' ids in order of appearance."""
+    if not columns:
+        return np.zeros(len(cells.frame), dtype=np.int64), [()]
+    texts = []
+    for name in columns:
+        column = cells.frame[name]
+        missing = column.isna().to_numpy()
+        if missing.any():
+            raise UserError(f"{cells.where(int(missing.argmax()))}: the name of the series is missing ({name!r})")
+        texts.append(column.astype(str).str.strip())
+    codes, names = pd.factorize(texts[0])
+    if len(texts) == 1:
+        return codes, [(str(name),) for name in names]
+    codes, keys = pd.factorize(pd.MultiIndex.from_arrays(texts))
+    found = [tuple(str(part) for part in key) for key in keys]
+    joined: dict[str, tuple[str, ...]] = {}
+    for key in found:
+        other = joined.setdefault("/".join(key), key)
+        if other is not key:
+            raise UserError(
+                f"{cells.source}: the ids {', '.join(other)} and {', '.join(key)} would both be called "
+                f"{'/'.join(key)!r}; take the strokes out of them"
+            )
+    return codes, found
 
 
 def _sorted_rows(
@@ -289,7 +417,11 @@ def _sorted_rows(
     differ = ~((a == b) | (np.isnan(a) & np.isnan(b))).all(axis=1)
     if differ.any():
         first = int(same[differ.argmax()])
-        of = f" of series {name!r}" if name else "; if the file holds several series, name --data_args.id_column"
+        of = (
+            f" of series {name!r}"
+            if name
+            else "; if the file holds several series, name --data_args.id_column, or --data_args.id_columns"
+        )
         raise UserError(
             f"{cells.where(int(rows[first + 1]))}: the time {times[rows[first]]} stands there again with other values "
             f"(first at {cells.where(int(rows[first]))}){of}"
@@ -301,15 +433,15 @@ def _sorted_rows(
 def _frequency(
     cells: Cells,
     times: pd.DatetimeIndex,
-    parts: list[tuple[str, np.ndarray]],
+    parts: list[tuple[tuple[str, ...], np.ndarray]],
     config: ForecastDataConfig,
     notes: list[str],
 ) -> str:
     if config.frequency is not None:
         return check_frequency(config.frequency)
-    name, rows = max(parts, key=lambda part: len(part[1]))
+    ids, rows = max(parts, key=lambda part: len(part[1]))
     if len(rows) < 3:
-        of = f" in its longest series {name!r}" if name else ""
+        of = f" in its longest series {'/'.join(ids)!r}" if ids else ""
         count = "one row" if len(rows) == 1 else f"{len(rows)} rows"
         raise UserError(f"{cells.source} has only {count}{of}; at least three are needed to tell the step")
     return infer_frequency(times[rows], lambda i: cells.where(int(rows[i])))
@@ -317,16 +449,20 @@ def _frequency(
 
 def _regular(
     cells: Cells,
-    name: str,
+    ids: tuple[str, ...],
     times: pd.DatetimeIndex,
     values: np.ndarray,
     rows: np.ndarray,
     frequency: str,
     columns: list[str],
+    covariates: CovariateColumns,
     config: ForecastDataConfig,
     notes: list[str],
-) -> Series:
-    """One series on its grid, with gaps counted, bounded and left as NaN."""
+    *,
+    alone: bool,
+) -> Series | None:
+    """One series on its grid, with gaps counted, bounded and left as NaN; None where it has no value, and others do."""
+    name = "/".join(ids)
     index = times[rows]
     grid = on_grid(index, frequency, lambda i: cells.where(int(rows[i])))
     place = grid.get_indexer(index)
@@ -335,15 +471,17 @@ def _regular(
     row_of = np.full(len(grid), -1)
     row_of[place] = rows
 
-    absent = len(grid) - len(rows)
-    started = ~np.isnan(full)
-    first = int(started.argmax(axis=0).max()) if started.any(axis=0).all() else len(grid)
-    if first == len(grid):
-        empty = columns[int((~started.any(axis=0)).argmax())]
-        raise UserError(f"{cells.source}: column {empty!r} holds no number in series {name!r}")
+    first, end = _extent(cells, name, full, columns, covariates.reaches_ahead, alone)
+    if first == len(full) and columns:
+        notes.append("a series without any value left out")
+        return None
     if first:
         notes.append(f"first {first} steps left out: not every column has begun")
-        full, grid, row_of = full[first:], grid[first:], row_of[first:]
+    if end < len(full):
+        notes.append(f"{len(full) - end} steps ahead hold known covariates only; `predict` uses them")
+    absent = int((row_of[first:end] < 0).sum())
+    own = covariates.of_series(cells, name, rows, grid, place, first, end, config, notes) if covariates else None
+    full, grid, row_of = full[first:end], grid[first:end], row_of[first:end]
     holes = np.isnan(full)
     if holes.any():
         if config.missing == "error":
@@ -352,7 +490,7 @@ def _regular(
                 f"{_beside(cells, row_of, row)}: column {columns[c]!r} has no value at {grid[row]} "
                 "(missing is 'error'; 'interpolate' fills gaps)"
             )
-        length, row, c = _longest(holes)
+        length, row, c = longest_run(holes)
         if length > config.max_gap:
             raise UserError(
                 f"{_beside(cells, row_of, row)}: column {columns[c]!r} has no value for {length} steps from "
@@ -365,19 +503,24 @@ def _regular(
         known = full[:, c][~holes[:, c]]
         if len(known) > 1 and (known == known[0]).all():
             notes.append(f"column {columns[c]!r} is constant" + (f" in series {name!r}" if name else ""))
-    return Series(name=name, times=grid, values=full)
+    return Series(name=name, times=grid, values=full, ids=ids, covariates=own)
 
 
-def _longest(holes: np.ndarray) -> tuple[int, int, int]:
-    """Length, first row and column of the longest run of True down a column."""
-    length = np.zeros(holes.shape[1], dtype=np.int64)
-    best = (0, 0, 0)
-    for row in range(len(holes)):
-        length = (length + 1) * holes[row]
-        c = int(length.argmax())
-        if length[c] > best[0]:
-            best = (int(length[c]), row - int(length[c]) + 1, c)
-    return best
+def _extent(cells: Cells, name: str, full: np.ndarray, columns: list[str], ahead: bool, alone: bool) -> tuple[int, int]:
+    """First step at which every column has begun, and the end of the targets; the whole length twice where none has.
+
+    Steps without any target at the end lie ahead where covariates are known for them, else they are a gap.
+    """
+    if not columns:
+        return 0, 0
+    started = ~np.isnan(full)
+    if not started.any() and not alone:
+        return len(full), len(full)
+    if not started.any(axis=0).all():
+        empty = columns[int((~started.any(axis=0)).argmax())]
+        raise UserError(f"{cells.source}: column {empty!r} holds no number in series {name!r}")
+    end = int(np.flatnonzero(started.any(axis=1))[-1]) + 1 if ahead else len(full)
+    return int(started.argmax(axis=0).max()), end
 
 
 def _beside(cells: Cells, row_of: np.ndarray, row: int) -> str:

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from attn_shared.errors import UserError
-from attn_timeseries.data.benchmarks import Borders, borders
+from attn_timeseries.data.benchmarks import all_borders
 from attn_timeseries.data.calendar import calendar_features
 from attn_timeseries.data.cards import ForecastDataConfig
+from attn_timeseries.data.covariates import CovariateCoder
 from attn_timeseries.data.table import Series
 
 SPLITS = ("train", "val", "test")
+COVARIATES = ("past", "past_cat", "known", "known_cat", "static", "static_cat")
 
 
 def fill_forward(values: np.ndarray) -> np.ndarray:
@@ -68,6 +70,9 @@ class Scaler:
             width = sets[0].shape[1]
             return cls(groups=dict(zip(names, range(len(names)))), mean=np.zeros((len(names), width)),
                        std=np.ones((len(names), width)))  # fmt: skip
+        if per_series:  # a series may lie behind the training border as a whole
+            kept = [(name, rows) for name, rows in zip(names, sets) if len(rows)]
+            names, sets = [name for name, _ in kept], [rows for _, rows in kept]
         for name, rows in zip(names, sets):
             if np.isnan(rows).all(axis=0).any():
                 where = f" of series {name!r}" if name else ""
@@ -109,7 +114,10 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     An item or a batch is a dict: `x` (B, seq_len, C), `x_mark` (B, seq_len, F), `y` (B, label_len + pred_len, C), its
     first label_len rows the end of the look-back, `y_mark` likewise, `index` (B,) the window's number, `group` (B,) its
-    row in the scaler. Where the data has gaps, `observed` (B, pred_len, C) is False for filled targets.
+    row in the scaler, `series` (B,) which series it is of. Where the data has gaps, `observed` (B, pred_len, C) is
+    False for filled targets. Covariates, where there are any (`COVARIATES`): `past` (B, seq_len, P), `known`
+    (B, seq_len + pred_len, K), `static` (B, S), float32; `past_cat`, `known_cat`, `static_cat` likewise, int64 indices
+    of their vocabularies.
 
     A gap is filled by a straight line, but a look-back that ends inside a gap sees the last observed value carried on:
     the line would lead to a value of the future.
@@ -121,6 +129,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         scaler: Scaler,
         config: ForecastDataConfig,
         calendar: str,
+        covariates: CovariateCoder | None = None,
     ) -> None:
         """From (series, starts of its windows, first row used, end of the rows of the split)."""
         self.seq_len, self.label_len, self.pred_len = config.seq_len, config.label_len, config.pred_len
@@ -128,6 +137,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         gaps = any(np.isnan(series.values[low:high]).any() for series, _, low, high in parts)
         offset = 0
         self.times = []
+        coded: dict[str, list[np.ndarray]] = {}
         for number, (series, windows, low, high) in enumerate(parts):
             # Rows before `low` serve only to start a gap's line, rows from `high` on are never touched.
             known = series.values[:high]
@@ -143,6 +153,9 @@ class Windows(Dataset[dict[str, Tensor]]):
             names.append(np.full(len(windows), number))
             self.times.append(series.times[low:high])
             offset += high - low
+            if covariates is not None and series.covariates is not None:
+                for role, table in covariates.encode(series.covariates).items():
+                    coded.setdefault(role, []).append(table[None] if role.startswith("static") else table[low:high])
         self.series = [series.name for series, *_ in parts]
         self.values = torch.from_numpy(np.concatenate(values))
         self.marks = torch.from_numpy(np.concatenate(marks))
@@ -152,6 +165,10 @@ class Windows(Dataset[dict[str, Tensor]]):
         self.starts = torch.from_numpy(np.concatenate(starts))
         self.groups = torch.from_numpy(np.concatenate(groups))
         self.numbers = torch.from_numpy(np.concatenate(names))
+        # Parts of one series, such as days, are one stream: that of their first part.
+        first = [self.series.index(name) for name in self.series]
+        self.streams = torch.tensor(first, dtype=torch.int64)[self.numbers]
+        self.covariates = {role: torch.from_numpy(np.concatenate(tables)) for role, tables in coded.items()}
         self._firsts = np.cumsum([0, *(len(times) for times in self.times)])
 
     def __len__(self) -> int:
@@ -173,6 +190,12 @@ class Windows(Dataset[dict[str, Tensor]]):
             beyond = self._rows(self.following, start, self.seq_len) >= target[:, None, None]
             x = torch.where(beyond, self._rows(self.carried, start, self.seq_len), x)
             batch["observed"] = self._rows(self.observed, target, self.pred_len)
+        for role, table in self.covariates.items():
+            if role.startswith("static"):
+                batch[role] = table[self.numbers[index]]
+            else:
+                length = self.seq_len + (self.pred_len if role.startswith("known") else 0)
+                batch[role] = self._rows(table, start, length)
         future = self._rows(self.values, target, self.pred_len)
         y = torch.cat([x[:, self.seq_len - self.label_len :], future], dim=1)
         return {
@@ -182,6 +205,7 @@ class Windows(Dataset[dict[str, Tensor]]):
             "y_mark": y_mark,
             "index": index,
             "group": self.groups[index],
+            "series": self.streams[index],
             **batch,
         }
 
@@ -200,25 +224,36 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def make_windows(
-    series: Sequence[Series], rule: str, config: ForecastDataConfig, scaler: Scaler, calendar: str
+    series: Sequence[Series],
+    rule: str,
+    config: ForecastDataConfig,
+    scaler: Scaler,
+    calendar: str,
+    covariates: CovariateCoder | None = None,
 ) -> dict[str, Windows | None]:
     """The windows of every split; None where no series is long enough for one."""
     result: dict[str, Windows | None] = {}
+    limits = all_borders(series, rule, config)
     for split in SPLITS:
         parts = []
-        for one in series:
-            limits = borders(len(one.times), rule, config)
-            windows = limits.starts(split, config.seq_len, config.pred_len)
+        for one, cut in zip(series, limits):
+            windows = cut.starts(split, config.seq_len, config.pred_len)
             if len(windows):
-                low = windows[0]
-                parts.append((one, windows, low, limits.targets(split)[1]))
-        result[split] = Windows(parts, scaler, config, calendar) if parts else None
+                parts.append((one, windows, windows[0], cut.targets(split)[1]))
+        result[split] = Windows(parts, scaler, config, calendar, covariates) if parts else None
     return result
 
 
 def train_rows(series: Sequence[Series], rule: str, config: ForecastDataConfig) -> list[tuple[str, np.ndarray]]:
     """The rows of each series before its training border, NaN in gaps: all that statistics may see."""
-    return [(one.name, one.values[: borders(len(one.times), rule, config).train]) for one in series]
+    return [(one.name, one.values[: cut.train]) for one, cut in zip(series, all_borders(series, rule, config))]
+
+
+def without_windows(series: Sequence[Series], rule: str, config: ForecastDataConfig) -> dict[str, int]:
+    """Split -> how many series are too short for a window of it; splits without any such series are left out."""
+    limits = all_borders(series, rule, config)
+    counts = {split: sum(not cut.starts(split, config.seq_len, config.pred_len) for cut in limits) for split in SPLITS}
+    return {split: count for split, count in counts.items() if count}
 
 
 def check_lengths(series: Sequence[Series], rule: str, config: ForecastDataConfig, source: str) -> None:
@@ -236,20 +271,21 @@ def check_lengths(series: Sequence[Series], rule: str, config: ForecastDataConfi
         and config.train_fraction + config.test_fraction < 1 + 1e-9
     ):
         raise UserError("data_args.train_fraction and test_fraction must be between 0 and 1 and sum up to 1 at most")
-    longest = max(series, key=lambda one: len(one.times))
-    limits: Borders = borders(len(longest.times), rule, config)
+    limits = all_borders(series, rule, config)
+    longest, cut = max(zip(series, limits), key=lambda pair: pair[1].train)
     rows = len(longest.times)
     window = config.seq_len + config.pred_len
-    if limits.train < window:
+    if cut.train < window:
         what = f"longest series {longest.name!r}" if longest.name else "series"
-        share = f"{config.train_fraction:.0%} of its {rows:,} rows are {limits.train:,}" if rule == "ratio" else ""
+        share = f"{cut.train / rows:.0%} of its {rows:,} rows are {cut.train:,}" if rule != "etth" else ""
         raise UserError(
             f"{source}: the {what} is too short: a window takes seq_len {config.seq_len} + pred_len {config.pred_len} "
             f"= {window} training rows, and {share}; take shorter windows or more rows"
         )
     for split in ("val", "test"):
-        first, last = limits.targets(split)
-        if split == "val" and last == first:
+        parts = [one.targets(split) for one in limits]
+        first, last = max(parts, key=lambda part: part[1] - part[0])
+        if last == first and (split == "val" or rule == "history"):
             continue
         if last - first < config.pred_len:
             part = "validation" if split == "val" else "test"
