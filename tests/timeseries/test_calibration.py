@@ -224,6 +224,8 @@ def test_series_are_streams_of_their_own() -> None:
     both = Streams(calibrated(online=True)).follow(outcome(q, y, series))
     alone = Streams(calibrated(online=True)).follow(outcome(q[25:], y[25:]))
     assert torch.equal(both[25:], alone)
+    with pytest.raises(ValueError, match="the windows of series 0 do not follow one another"):
+        Streams(calibrated(online=True)).follow(outcome(q, y, torch.tensor([0] * 10 + [1] * 20 + [0] * 10)))
 
 
 def test_a_calibration_travels_with_the_weights() -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from attn_timeseries.calibration import Calibration, Outcome, Streams, widen
+from attn_timeseries.config import ForecastTaskConfig
 from attn_timeseries.data.windows import Windows
+from attn_timeseries.metrics import IntervalScores
 
 Forecast = Callable[[Tensor], Tensor]
 _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _WORK = 3e10  # multiplications spent on the normal equations: a second or two
 _BATCH = 512
+_RESIDUALS = 2000  # training windows whose residuals make a baseline's quantiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +130,62 @@ def baselines(train: Windows | None, val: Windows | None, season: int, pred_len:
         )
         _FITTED[train] = rows
     return rows
+
+
+def interval_scores(
+    rows: Sequence[Baseline],
+    train: Windows,
+    val: Windows | None,
+    test: Windows,
+    std: Tensor,
+    options: ForecastTaskConfig,
+) -> dict[str, IntervalScores]:
+    """Scores of intervals around each baseline: quantiles of its errors on training windows, calibrated as the model's.
+
+    Args:
+        std: (G, C) of the scaler.
+        options: quantile levels, and how they are calibrated.
+    """
+    found = {}
+    for row in rows:
+        offsets = residual_quantiles(row, train, options.levels)
+        scores = IntervalScores(train.pred_len, std, options.levels, options.pair)
+        calibration = None
+        if options.calibrate != "none" and val is not None:
+            calibration = Calibration(options.levels, *offsets.shape[:2])
+            calibration.fit(lambda r=row, o=offsets: _outcomes(r, o, val), online=options.calibrate == "adaptive")  # type: ignore[misc]
+        streams = Streams(calibration) if calibration is not None else None
+        for outcome, group in zip(_outcomes(row, offsets, test), batches(test)):
+            quantiles = outcome.quantiles
+            if calibration is not None and streams is not None:
+                adaptive = options.calibrate == "adaptive"
+                quantiles = widen(quantiles, streams.follow(outcome) if adaptive else calibration.conformal())
+            scores.update("", quantiles, outcome.target, group["group"], outcome.known)
+        found[row.name] = scores
+    return found
+
+
+def residual_quantiles(row: Baseline, windows: Windows, levels: Sequence[float]) -> Tensor:
+    """(H, C, Q) quantiles of y - f over windows, 0 at the median.
+
+    A forecast that is biased has quantiles of its error on one side only; of each pair, an end is at least a tenth as
+    far from the forecast as the other.
+    """
+    chosen = range(0, len(windows), max(1, len(windows) // _RESIDUALS))
+    batch = windows.__getitems__(chosen)
+    error = (batch["y"][:, -windows.pred_len :] - row.forecast(batch["x"])).double().numpy()
+    if "observed" in batch:
+        error = np.where(batch["observed"].numpy(), error, np.nan)
+    quantile = np.nanquantile if np.isnan(error).any() else np.quantile
+    offsets = np.nan_to_num(np.moveaxis(quantile(error, levels, axis=0), 0, -1))
+    pairs = len(levels) // 2
+    below, above = np.maximum(-offsets[..., :pairs], 0), np.maximum(offsets[..., :pairs:-1], 0)
+    ends = [np.maximum(one, 0.1 * other) for one, other in ((below, above), (above, below))]
+    offsets = np.concatenate([-ends[0], np.zeros_like(offsets[..., :1]), ends[1][..., ::-1]], axis=-1)
+    return torch.from_numpy(offsets)
+
+
+def _outcomes(row: Baseline, offsets: Tensor, windows: Windows) -> Iterator[Outcome]:
+    for batch in batches(windows):
+        quantiles = row.forecast(batch["x"]).double().unsqueeze(-1) + offsets
+        yield Outcome.of(quantiles, batch["y"][:, -windows.pred_len :], batch.get("observed"), batch["series"])

@@ -35,7 +35,7 @@ _LEAST = 1e-6  # of a distance, in scaled units
 _ANGLE = 1.4  # where the integral stops growing
 _PULL = (-2.0, 2.5)  # smallest and largest logarithm of the integral's factor
 _RANGE = 7.0  # of an expert's logarithm, from where it started
-_MOST = 40_000_000  # scores kept for the conformal factors; of longer splits every second window, fourth, …
+_MOST = 20_000_000  # scores kept for the conformal factors; of longer splits every second window, fourth, …
 
 
 def alphas(levels: Sequence[float]) -> Tensor:
@@ -80,7 +80,7 @@ def conformal_factors(score: Tensor, known: Tensor, alpha: Tensor) -> Tensor:
         alpha: (P,). Where n is too small for it, the largest score is taken; where n is 0, 1.
     """
     count = known.sum(dim=0).unsqueeze(-1)
-    ordered = torch.where(known.unsqueeze(-1), score.to(torch.float64), torch.inf).sort(dim=0).values
+    ordered = torch.where(known.unsqueeze(-1), score, torch.inf).sort(dim=0).values
     rank = torch.ceil((count + 1) * (1 - alpha) - 1e-9).clamp(max=count).to(torch.int64)
     found = ordered.gather(0, (rank - 1).clamp_min(0).unsqueeze(0))[0]
     return torch.where(count > 0, found, 1.0).clamp_min(_LEAST)
@@ -232,6 +232,8 @@ class Calibration(nn.Module):
     def __init__(self, levels: Sequence[float], pred_len: int, channels: int) -> None:
         super().__init__()
         self.alpha = alphas(levels)
+        self.fitted: Tensor
+        self.factors: Tensor
         shape = (pred_len, channels, len(self.alpha))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("factors", torch.ones(shape, dtype=torch.float64))
@@ -244,7 +246,7 @@ class Calibration(nn.Module):
 
     def forget(self) -> None:
         """As before calibration."""
-        self.fitted.fill_(False)  # type: ignore[operator]
+        self.fitted.fill_(False)
 
     def fit(self, outcomes: Callable[[], Iterable[Outcome]], *, online: bool) -> None:
         """Calibrate on the windows of the validation split, given in order, each time anew.
@@ -261,18 +263,18 @@ class Calibration(nn.Module):
             streams = Streams(self)
             for outcome in outcomes():
                 streams.follow(outcome)
-            self._set(factors, [tracker.settle() for tracker in streams.trackers.values()])
+            self._set(factors, streams.settle())
 
     def _set(self, factors: Tensor, states: Sequence[TrackerState]) -> None:
-        self.factors = factors.to(self.factors)  # type: ignore[arg-type]
+        self.factors = factors.to(self.factors)
         for name in ("experts", "losses", "deficit", "count"):
             mean = torch.stack([getattr(state, name) for state in states]).mean(dim=0)
             setattr(self, name, mean.to(getattr(self, name)))
-        self.fitted.fill_(True)  # type: ignore[operator]
+        self.fitted.fill_(True)
 
     def conformal(self) -> Tensor:
         """(H, C, P) on the CPU."""
-        return self.factors.cpu().to(torch.float64)  # type: ignore[operator]
+        return self.factors.cpu().to(torch.float64)
 
     def tracker(self) -> Tracker:
         """A new stream, from where the validation split ended."""
@@ -283,7 +285,7 @@ class Calibration(nn.Module):
 
 
 class Streams:
-    """A tracker for each series of a split, fed with batches in order.
+    """A tracker for each series of a split, one series after the other, fed with batches in order.
 
     Args:
         calibration: where each starts.
@@ -291,18 +293,34 @@ class Streams:
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
-        self.trackers: dict[int, Tracker] = {}
+        self.states: dict[int, TrackerState] = {}  # of the series that are through
+        self._series: int | None = None
+        self._tracker: Tracker | None = None
 
     def follow(self, outcome: Outcome) -> Tensor:
-        """(B, H, C, P) factors of the next batch."""
+        """(B, H, C, P) factors of the next batch.
+
+        Raises:
+            ValueError: windows of a series that another one has followed already.
+        """
         score = outcome.scores()
         factors = torch.empty_like(score)
-        for number in outcome.series.unique().tolist():
+        for number in outcome.series.unique_consecutive().tolist():
+            if self._tracker is None or number != self._series:
+                self.settle()
+                if number in self.states:
+                    raise ValueError(f"the windows of series {number} do not follow one another")
+                self._series, self._tracker = number, self.calibration.tracker()
             mine = outcome.series == number
-            if number not in self.trackers:
-                self.trackers[number] = self.calibration.tracker()
-            factors[mine] = self.trackers[number].follow(score[mine], outcome.known[mine])
+            factors[mine] = self._tracker.follow(score[mine], outcome.known[mine])
         return factors
+
+    def settle(self) -> list[TrackerState]:
+        """Where each series stands once all its targets are past."""
+        if self._tracker is not None and self._series is not None:
+            self.states[self._series] = self._tracker.settle()
+        self._series = self._tracker = None
+        return list(self.states.values())
 
 
 def check_windows(levels: Sequence[float], windows: int) -> None:
@@ -330,7 +348,7 @@ def _gather(outcomes: Iterable[Outcome]) -> tuple[Tensor, Tensor]:
     for outcome in outcomes:
         first = -seen % every
         seen += len(outcome.target)
-        score, known = outcome.scores()[first::every].to(torch.float32), outcome.known[first::every]
+        score, known = outcome.scores()[first::every], outcome.known[first::every]
         kept.append((score, known))
         size += score.numel()
         if size > _MOST:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attn_shared.app import App, Kind
-from attn_timeseries.config import MODELS
-from attn_timeseries.data.cards import DATASETS, FILE_FORMATS, FILE_SUFFIXES, ForecastDataConfig
+from attn_timeseries.config import MODELS, ForecastTaskConfig
+from attn_timeseries.data.cards import DATASETS, FILE_FORMATS, FILE_SUFFIXES, ForecastDataConfig, ForecastPredictOptions
 from attn_timeseries.traffic import cards as traffic
 
 KINDS = (
@@ -13,6 +13,8 @@ KINDS = (
         title="forecast tables of series",
         task="attn_timeseries.task:ForecastTask",
         data_config=ForecastDataConfig,
+        task_config=ForecastTaskConfig,
+        predict_options=ForecastPredictOptions,
         default_model="patchtst",
         default_data="co2",
     ),
