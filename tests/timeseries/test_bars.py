@@ -40,3 +40,18 @@ def test_etth1_96_hours_ahead(
     naive = next(row for row in results["baselines"] if row["model"] == "naive")
     assert test["mse"] < naive["mse"]
     assert (run / "report.html").is_file()
+
+
+def test_sttn_on_pemsd7(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Better than persistence by at least 5, 8 and 10 % at 15, 30 and 45 minutes."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", "sttn", "--data", "pemsd7", "--trainer.threads", "1"]) == 0
+    run = Path(capsys.readouterr().out.split()[-1])
+    results = json.loads((run / "metrics.json").read_text())
+    test = results["splits"]["test"]
+    assert test["windows"] == 1340
+    rows = {row["model"]: row for row in results["baselines"]}
+    for minutes, better in ((15, 0.05), (30, 0.08), (45, 0.10)):
+        name = f"mae_{minutes}min"
+        assert test[name] <= (1 - better) * rows["naive"][name]
+        assert test[name] < rows["time_of_day"][name]

@@ -18,7 +18,7 @@ from attn_shared.trainer import evaluate_split
 from attn_timeseries.cli import APP, kind_of_file, main
 from attn_timeseries.config import MODELS
 from attn_timeseries.traffic import data, metrics
-from attn_timeseries.traffic.cards import TrafficDataConfig
+from attn_timeseries.traffic.cards import TrafficDataConfig, TrafficTaskConfig
 from attn_timeseries.traffic.graph import read_graph
 from attn_timeseries.traffic.task import TrafficTask, window_slots
 
@@ -390,6 +390,23 @@ def test_pictures(tmp_path: Path) -> None:
     attention = task.sensor_attention(bundle.test)
     assert attention is not None
     np.testing.assert_allclose(attention.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "loss"), [("sttn", "quantile"), ("itransformer", "quantile"), ("naive", "mae")])
+def test_intervals(tmp_path: Path, model: str, loss: str) -> None:
+    run = config(write(tmp_path), model)
+    run.task_args = TrafficTaskConfig(loss=loss, calibrate="conformal")
+    bundle = TrafficTask.load_data(run)
+    torch.manual_seed(0)
+    task = TrafficTask(run, bundle.state)
+    windows = bundle.val
+    task.after_training(lambda split: [bundle.split(split).__getitems__(range(len(windows)))])
+    figures = evaluate_split(task, bundle, "test", run)
+    assert 0.7 < figures["coverage"] <= 1
+    assert figures["mae_90min"] > 0
+    rows = {row["model"]: row for row in TrafficTask.baselines(run, bundle)}
+    assert 0.7 < rows["naive"]["coverage"] <= 1
+    assert "intervals of 90%" in bundle.protocol
 
 
 # --- from the command line ---

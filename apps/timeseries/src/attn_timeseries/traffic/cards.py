@@ -8,6 +8,7 @@ from typing import Literal
 
 from attn_shared.app import DataCard, DataFile, Kind
 from attn_shared.config import OptimConfig, TrainerConfig
+from attn_timeseries.config import ForecastTaskConfig
 from attn_timeseries.data.cards import ForecastDataConfig
 
 NAME = "traffic"
@@ -70,6 +71,13 @@ class TrafficDataConfig(ForecastDataConfig):
         for name in _OF_OTHER_KINDS:
             if getattr(self, name, None):
                 raise ValueError(f"a table of sensors has nothing but sensors beside its times, so it takes no {name}")
+
+
+@dataclass(kw_only=True)
+class TrafficTaskConfig(ForecastTaskConfig):
+    """What a forecast is trained for, by default the mean absolute error of the papers; and the intervals around it."""
+
+    loss: Literal["mse", "mae", "huber", "quantile"] = "mae"
 
 
 def is_traffic(path: str) -> bool:
@@ -159,6 +167,7 @@ KIND = Kind(
     title="forecast traffic on a graph of sensors",
     task="attn_timeseries.traffic.task:TrafficTask",
     data_config=TrafficDataConfig,
+    task_config=TrafficTaskConfig,
     default_model="sttn",
     default_data="pemsd7",
     trainer_defaults=TrainerConfig,

@@ -17,15 +17,17 @@ from attn_shared.errors import UserError
 from attn_shared.task import DataBundle, Picture
 from attn_timeseries import baselines as simple
 from attn_timeseries import metrics as forecast_metrics
+from attn_timeseries.calibration import check_windows
+from attn_timeseries.config import ForecastTaskConfig
 from attn_timeseries.data.calendar import season_of
 from attn_timeseries.data.cards import ForecastDataConfig
 from attn_timeseries.data.table import SeriesTable
 from attn_timeseries.data.times import check_frequency
 from attn_timeseries.data.windows import Scaler, Windows
 from attn_timeseries.models.base import SeriesShape
-from attn_timeseries.task import ForecastTask
+from attn_timeseries.task import ForecastTask, promise
 from attn_timeseries.traffic import data, metrics
-from attn_timeseries.traffic.cards import DATASETS, TrafficDataConfig
+from attn_timeseries.traffic.cards import DATASETS, TrafficDataConfig, TrafficTaskConfig
 
 TIME_OF_DAY = "time_of_day"
 _MAPS = 256  # test windows whose attention is averaged
@@ -36,6 +38,7 @@ class TrafficTask(ForecastTask):
 
     primary: ClassVar[str] = "mae_original"
     metric_format: ClassVar[Mapping[str, str]] = metrics.FORMAT
+    options_type: ClassVar[type[ForecastTaskConfig]] = TrafficTaskConfig
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -47,7 +50,7 @@ class TrafficTask(ForecastTask):
 
     @classmethod
     def load_data(cls, config: RunConfig, *, state: Mapping[str, Any] | None = None) -> DataBundle:
-        args = data.settle(config.data, config.data_args)
+        args, options = data.settle(config.data, config.data_args), cls.options_of(config)
         if state is not None:
             args = dataclasses.replace(args, columns=list(state["columns"]))
         table = data.read_sensors(config.data, args)
@@ -57,9 +60,14 @@ class TrafficTask(ForecastTask):
             data.check_lengths(table, limits, args)
             weights, notes = data.load_graph(config.data, table.columns, args)
             state = fit_state(table, limits, args, weights)
+            if options.calibrate != "none":
+                ends = [one.times[border.val - 1] for one, border in zip(table.segments, limits) if border.val]
+                state["calibrated_to"] = {"": str(max(ends))}
         else:
             check_step(table.source, table.frequency, state)
         splits = data.make_windows(table, limits, args, Scaler.from_state(state["scaler"]), state["calendar"])
+        if options.calibrate != "none":
+            check_windows(options.levels, len(splits["val"] or ()))
         if splits["test"] is None and splits["train"] is None:
             raise UserError(
                 f"{table.source}: no window of seq_len {args.seq_len} + pred_len {args.pred_len} steps fits between "
@@ -72,17 +80,8 @@ class TrafficTask(ForecastTask):
             test=splits["test"],
             state=dict(state),
             facts=data.facts(table, limits, args, splits, graph, notes),
-            protocol=_protocol(config.data, args, splits),
+            protocol=_protocol(config.data, args, splits) + promise(options),
         )
-
-    # -- training -----------------------------------------------------------------------------------------------------
-
-    def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        error = (self.forward_batch(batch) - self.target(batch)).abs()
-        if "observed" not in batch:
-            return error.mean()
-        known = batch["observed"]
-        return torch.where(known, error, 0.0).sum() / known.sum().clamp_min(1)
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
@@ -131,10 +130,10 @@ class TrafficTask(ForecastTask):
             return []
         notes = {row.name: row.note for row in cls._simple(config, bundle)}
         notes[TIME_OF_DAY] = "mean of the training rows at that time of day"
-        scores = cls._simple_scores(config, bundle)
+        scores, intervals = cls._simple_scores(config, bundle), cls.simple_intervals(config, bundle)
         frequency = bundle.state["frequency"]
         return [
-            {"model": name, "note": notes[name], **metrics.final(score.state(), frequency)}
+            {"model": name, "note": notes[name], **metrics.final(score.state() | intervals.get(name, {}), frequency)}
             for name, score in scores.items()
         ]
 
