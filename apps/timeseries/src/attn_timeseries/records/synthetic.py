@@ -55,7 +55,7 @@ def make(args: RecordsDataConfig) -> Corpus:
     expected = rate * np.exp(pull * shown[:, None] - pull**2 / 2) * args.hours  # (stays, V)
     many = rng.poisson(expected)
     stay, variable = np.divmod(np.repeat(np.arange(many.size), many.ravel()), len(VARIABLES))
-    hours = np.floor(rng.uniform(0, args.hours, len(stay)) * 20) / 20  # in steps of 3 minutes
+    hours = np.floor(rng.uniform(0, args.hours, len(stay)) * 4) / 4  # in steps of a quarter of an hour
     # A stay's path: its own level, illness that shows more and more, and a slow drift.
     ramp = rng.uniform(0.3, 1.0, count) * args.hours
     drift = DRIFT * rng.normal(size=(count, len(VARIABLES)))

@@ -256,13 +256,13 @@ def _hours(
         for row in np.flatnonzero(np.isin(text, list(_EMPTY)))[:1]:
             raise UserError(f"{cells.where(row)}: no time")
         as_numbers.append(pd.to_numeric(pd.Series(text), errors="coerce").to_numpy(np.float64))
-    if all(np.isfinite(numbers).mean() > 0.5 for numbers in as_numbers):
+    if all(np.isfinite(numbers).mean() >= 0.5 for numbers in as_numbers):
         for (cells, name, _), numbers in zip(parts, as_numbers):
             for row in np.flatnonzero(~np.isfinite(numbers))[:1]:
                 raise UserError(f"{cells.where(row)}: time {cells.text(name)[row]!r} is no number of hours")
         hours = as_numbers
     else:
-        if any(np.isfinite(numbers).mean() > 0.5 for numbers in as_numbers):
+        if any(np.isfinite(numbers).mean() >= 0.5 for numbers in as_numbers):
             raise UserError(
                 f"{parts[0][0].source} and {parts[1][0].source}: one gives times in hours and the other as dates"
             )
