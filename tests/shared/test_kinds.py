@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from attn_shared import options, trainer
+from attn_shared import compare, options, trainer
 from attn_shared.app import App, Kind
 from attn_shared.cli import run
 from attn_shared.config import TrainerConfig
@@ -172,3 +172,17 @@ def test_lists_and_help_name_the_kinds(app: App, capsys: pytest.CaptureFixture[s
     assert "KIND" in text
     assert "--task_args.loss" in text
     assert "fit the second sort" in text
+
+
+def test_a_model_may_take_another_set_of_patterns_instead(toy: Any) -> None:
+    """A causal mechanism is refused, unless the card says that it will do; then `fitting` lists it, too."""
+    card = toy.app.models["mixing"]
+    config = dataclasses.replace(toy.config("--model", "mixing"), mixer="retention")
+    with pytest.raises(UserError, match=r"retention cannot replace .* no noncausal self attention; these can: "):
+        trainer.check_mixer(toy.app, config)
+    wider = dataclasses.replace(card, mixer_alternatives=(("causal_self",),))
+    app = dataclasses.replace(toy.app, models={**toy.app.models, "mixing": wider})
+    trainer.check_mixer(app, config)
+    assert wider.mixer_wanted == "noncausal self or causal self"
+    assert set(compare.fitting(wider)) - set(compare.fitting(card)) >= {"retention", "titans"}
+    assert set(compare.fitting(wider)) > set(compare.fitting(card))

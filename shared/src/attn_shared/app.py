@@ -7,7 +7,7 @@ An app is data, models, a task, metrics and plots; everything else is here in at
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ class ModelCard:
         config: dataclass of its options (torch-free), the type of `model_args`.
         mixer: the paper's own mechanism for `--mixer`'s default; None when the model mixes no tokens.
         mixer_patterns: names of core_attn patterns that a replacement must offer, such as ("noncausal_self",).
+        mixer_alternatives: other sets of patterns of which one will do instead: (("causal_self",),) of a model whose
+            tokens lie in order of time and which builds a mechanism without a noncausal form as a causal one.
         trainable: False for rules such as repeat-last.
         note: one line for the table.
         kinds: names of the kinds of task it does, in an app that has several; empty = the app's first.
@@ -49,10 +51,21 @@ class ModelCard:
     config: type
     mixer: str | None = None
     mixer_patterns: tuple[str, ...] = ()
+    mixer_alternatives: tuple[tuple[str, ...], ...] = ()
     trainable: bool = True
     note: str = ""
     kinds: tuple[str, ...] = ()
     targets: Mapping[str, str] = field(default_factory=dict)
+
+    def takes(self, patterns: Collection[str]) -> bool:
+        """Whether a mechanism that computes these patterns can replace the model's own."""
+        return any(all(one in patterns for one in wanted) for wanted in (self.mixer_patterns, *self.mixer_alternatives))
+
+    @property
+    def mixer_wanted(self) -> str:
+        """What a replacement must compute, in words: "noncausal self or causal self"."""
+        ways = (self.mixer_patterns, *self.mixer_alternatives)
+        return " or ".join(" and ".join(one.replace("_", " ") for one in wanted) for wanted in ways)
 
 
 @dataclass(frozen=True, kw_only=True)

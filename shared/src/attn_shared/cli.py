@@ -460,7 +460,7 @@ def _describe_model(app: App, card: ModelCard) -> None:
         "paper": f"{card.title} ({card.year})" if card.year else card.title,
         "source": card.source,
         "mixer": f"{card.mixer or 'none'}"
-        + (f"; takes any that computes {', '.join(card.mixer_patterns)}" if card.mixer_patterns else ""),
+        + (f"; takes any that computes {card.mixer_wanted} attention" if card.mixer_patterns else ""),
         "trainable": "yes" if card.trainable else "no",
         "does": _does(app, card) if app.several else "",
         "note": card.note,

@@ -150,11 +150,7 @@ def compare(
 
 def fitting(card: ModelCard) -> list[str]:
     """Mechanisms that can replace a model's own: those that compute every pattern the model asks for."""
-    return [
-        name
-        for name in registry.names()
-        if all(pattern in registry.get(name).info.patterns for pattern in card.mixer_patterns)
-    ]
+    return [name for name in registry.names() if card.takes(registry.get(name).info.patterns)]
 
 
 def _grid(

@@ -78,12 +78,15 @@ class Task(lightning.LightningModule):
     between the last epoch and the end `after_training`.
 
     Class attributes:
-        primary: name of the metric that chooses the best epoch and orders tables.
+        primary: name of the metric that orders tables and, unless `chooser` names another, chooses the best epoch.
         maximize: whether more of it is better.
+        chooser: name of the metric that chooses the best epoch, less being better: a loss, where the primary metric is
+            coarse and many epochs share its best value.
     """
 
     primary: ClassVar[str]
     maximize: ClassVar[bool] = False
+    chooser: ClassVar[str] = ""
     metric_format: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: RunConfig, data_state: Mapping[str, Any]) -> None:

@@ -20,12 +20,13 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -138,17 +139,11 @@ def check_mixer(app: App, config: RunConfig) -> None:
         info = registry.get(config.mixer).info
     except ValueError as error:
         raise UserError(str(error)) from None
-    lacking = [pattern for pattern in card.mixer_patterns if pattern not in info.patterns]
-    if lacking:
-        able = [
-            name
-            for name in registry.names()
-            if all(pattern in registry.get(name).info.patterns for pattern in card.mixer_patterns)
-        ]
-        wanted = " and ".join(pattern.replace("_", " ") for pattern in lacking)
+    if not card.takes(info.patterns):
+        able = [name for name in registry.names() if card.takes(registry.get(name).info.patterns)]
         raise UserError(
-            f"{config.mixer} cannot replace the attention of {card.name}: it computes no {wanted} attention; "
-            f"these can: {', '.join(able) or 'none'}"
+            f"{config.mixer} cannot replace the attention of {card.name}: it computes no {card.mixer_wanted} "
+            f"attention; these can: {', '.join(able) or 'none'}"
         )
 
 
@@ -499,6 +494,35 @@ def train(app: App, config: RunConfig, *, resume: Path | None = None) -> Path:
         if world > 1:  # nobody leaves while another still writes or speaks to it
             dist.barrier()
         return folder
+
+
+def fit(app: App, config: RunConfig, bundle: DataBundle) -> Task:
+    """Train on data in memory in this process; the task with its best weights, in eval mode on the CPU.
+
+    Nothing is evaluated but the validation split, no report is written, and nothing stays on disk.
+
+    Raises:
+        UserError: what the user can put right.
+        KeyboardInterrupt: asked to stop.
+    """
+    bundle.state = json.loads(json.dumps(bundle.state))
+    _check_data(bundle, config, 1, None)
+    _set_threads(config)
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        config = replace(config, runs=folder, trainer=replace(config.trainer, devices=1, progress=False))
+        task = build_task(app, config, bundle.state)
+        engine = _Engine(app, config, task, bundle, None)
+        engine.open_run(None)
+        assert engine.run is not None
+        try:
+            engine.fit()
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        best = checkpoints.resolve(engine.run.path)
+        checkpoints.load_weights(task, checkpoints.load(best, app=app.name), best)
+        task.to(engine.trainer.strategy.root_device).eval()
+        engine._complete(best)
+        return task.cpu()
 
 
 def _check_launch(config: RunConfig) -> int:
@@ -914,6 +938,8 @@ class _Engine(lightning.Callback):
         if not figures or not self.progress.best:
             return True
         name, sign = self.task.primary, -1 if self.task.maximize else 1
+        if self.task.chooser:
+            name, sign = self.task.chooser, 1
         value, best = figures.get(name, math.nan), self.progress.best.get(name, math.nan)
         return not math.isnan(value) and (math.isnan(best) or sign * value < sign * best)
 

@@ -124,7 +124,7 @@ class TransformerConfig:
         d_model: channels of a token.
         n_heads: attention heads; divides d_model.
         e_layers: encoder layers.
-        d_layers: decoder layers.
+        d_layers: decoder layers; a classifier has none.
         d_ff: width of the feed-forward layers.
         dropout: probability, of attention weights too.
         activation: of the feed-forward layers.
@@ -253,6 +253,57 @@ class STTNConfig:
 
 
 @dataclass(kw_only=True)
+class UTDEConfig:
+    """UTDE and interleaved fusion (S198), Section 3; the published run has d_model 128 and 8 heads.
+
+    Attributes:
+        d_model: channels of a step.
+        n_heads: attention heads; divides d_model.
+        layers: layers of self-attention, cross-attention and feed-forward.
+        embed_time: width of an embedded time.
+        time_heads: heads of learned time attention; divides embed_time.
+        kernel_size: steps that the convolution over the imputed grid reads; odd.
+        gate: the gate weighs time attention against imputation once a "stay", a "step", or for each "channel" of a step.
+        series: embedding of the series: "utde" = both, mixed by the gate; "imputation" or "mtand" = that one alone.
+        hide_missingness: a control: both embeddings get the imputed grid, as if everything had been observed.
+        dropout: probability, of attention weights too.
+    """
+
+    d_model: int = 64
+    n_heads: int = 4
+    layers: int = 2
+    embed_time: int = 64
+    time_heads: int = 8
+    kernel_size: int = 1
+    gate: Literal["stay", "step", "channel"] = "channel"
+    series: Literal["utde", "imputation", "mtand"] = "utde"
+    hide_missingness: bool = False
+    dropout: float = 0.1
+
+
+@dataclass(kw_only=True)
+class BlindUTDEConfig(UTDEConfig):
+    """The same network as UTDE with the same weights, which sees imputed values only; see `UTDEConfig`."""
+
+    hide_missingness: bool = True
+
+
+@dataclass(kw_only=True)
+class ImputationConfig(UTDEConfig):
+    """The imputed grid alone, without what tells where a value was observed; see `UTDEConfig`."""
+
+    series: Literal["utde", "imputation", "mtand"] = "imputation"
+    hide_missingness: bool = True
+
+
+@dataclass(kw_only=True)
+class MTANDConfig(UTDEConfig):
+    """Learned time attention alone; see `UTDEConfig`."""
+
+    series: Literal["utde", "imputation", "mtand"] = "mtand"
+
+
+@dataclass(kw_only=True)
 class NaiveConfig:
     """Repeat the last value: nothing to choose."""
 
@@ -269,6 +320,7 @@ class SeasonalNaiveConfig:
 
 
 _SELF = ("noncausal_self",)
+_IN_TIME = (("causal_self",),)  # tokens in order of time: a mechanism without a noncausal form will do
 
 MODELS: dict[str, ModelCard] = {
     card.name: card
@@ -306,8 +358,10 @@ MODELS: dict[str, ModelCard] = {
             config=FlowformerConfig,
             mixer="flow",
             mixer_patterns=_SELF,
-            kinds=("forecast", "traffic"),
+            mixer_alternatives=_IN_TIME,
             note="Transformer with linear attention; the mixer is in the encoder",
+            kinds=("forecast", "traffic", "classify"),
+            targets={"classify": "attn_timeseries.models.classifier:FlowformerClassifier"},
         ),
         ModelCard(
             name="transformer",
@@ -318,8 +372,10 @@ MODELS: dict[str, ModelCard] = {
             config=TransformerConfig,
             mixer="softmax",
             mixer_patterns=_SELF,
-            kinds=("forecast", "traffic"),
+            mixer_alternatives=_IN_TIME,
             note="encoder-decoder over time steps; the mixer is in encoder and decoder",
+            kinds=("forecast", "traffic", "classify"),
+            targets={"classify": "attn_timeseries.models.classifier:TransformerClassifier"},
         ),
         ModelCard(
             name="itransformer",
@@ -342,6 +398,7 @@ MODELS: dict[str, ModelCard] = {
             config=PatchTSTConfig,
             mixer="softmax",
             mixer_patterns=_SELF,
+            mixer_alternatives=_IN_TIME,
             kinds=("forecast", "traffic"),
             note="a patch is a token, each channel by itself",
         ),
@@ -357,6 +414,55 @@ MODELS: dict[str, ModelCard] = {
             kinds=("traffic",),
             note="sensors read each other by graph convolution and attention, fused by a gate; the mixer is between "
             "sensors and over time",
+        ),
+        ModelCard(
+            name="utde",
+            title="Improving Medical Predictions by Irregular Multimodal Electronic Health Records Modeling",
+            source="S198",
+            year=2023,
+            target="attn_timeseries.models.utde:UTDE",
+            config=UTDEConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            kinds=("records",),
+            note="irregular series and notes: a gate mixes imputation and time attention; the mixer is in self- and, where it can, "
+            "cross-attention",
+        ),
+        ModelCard(
+            name="utde_blind",
+            title="Control of UTDE that ignores missingness",
+            source="control of S198",
+            year=2023,
+            target="attn_timeseries.models.utde:UTDE",
+            config=BlindUTDEConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            kinds=("records",),
+            note="the same network and number of weights; sees imputed values, and not where they were observed",
+        ),
+        ModelCard(
+            name="imputation",
+            title="Control of UTDE: imputation alone",
+            source="control of S198",
+            year=2023,
+            target="attn_timeseries.models.utde:UTDE",
+            config=ImputationConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            kinds=("records",),
+            note="the imputed grid alone; ignores missingness",
+        ),
+        ModelCard(
+            name="mtand",
+            title="Multi-Time Attention Networks for Irregularly Sampled Time Series",
+            source="Shukla and Marlin 2021",
+            year=2021,
+            target="attn_timeseries.models.utde:UTDE",
+            config=MTANDConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            kinds=("records",),
+            note="its learned time attention alone in the network of S198",
         ),
         ModelCard(
             name="dlinear",

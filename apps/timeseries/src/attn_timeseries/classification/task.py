@@ -37,6 +37,7 @@ class ClassifyTask(Task):
 
     primary: ClassVar[str] = "accuracy"
     maximize: ClassVar[bool] = True
+    chooser: ClassVar[str] = "log_loss"  # a few dozen series are soon all right, and that says little
     metric_format: ClassVar[Mapping[str, str]] = metrics.FORMAT
 
     def __init__(self, config: RunConfig, data_state: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ class SeriesClassifier(nn.Module):
         mixer_args: its options.
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention, or one without a padding mask where series
+        ValueError: a mixer that cannot compute self-attention, or one without a padding mask where series
             differ in length and padding is to be hidden; no encoder layer.
     """
 
@@ -88,7 +88,7 @@ class SeriesClassifier(nn.Module):
             self.register_buffer("positions", sinusoidal_positions(shape.length, c.d_model), persistent=False)
         self.encoder = nn.ModuleList(
             EncoderLayer(
-                self_mixer(name, c.d_model, c.n_heads, dropout=c.dropout, options=options),
+                self_mixer(name, c.d_model, c.n_heads, ordered=True, dropout=c.dropout, options=options),
                 c.d_ff,
                 dropout=c.dropout,
                 activation=c.activation,

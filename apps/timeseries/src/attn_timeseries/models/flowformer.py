@@ -19,7 +19,7 @@ class Flowformer(Transformer):
         config, shape, mixer, mixer_args: see `ForecastModel`. The mixer is the encoder's self-attention.
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention; no encoder or no decoder layer.
+        ValueError: a mixer that cannot compute self-attention; no encoder or no decoder layer.
     """
 
     config: FlowformerConfig

@@ -29,7 +29,7 @@ class Informer(Transformer):
             the cross-attention is softmax attention always, as in the paper.
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention; no encoder or no decoder layer.
+        ValueError: a mixer that cannot compute self-attention; no encoder or no decoder layer.
     """
 
     config: InformerConfig  # type: ignore[assignment]

@@ -34,7 +34,14 @@ def fitting_mixers(*, causal: bool = False, cross: bool = False) -> list[str]:
 
 
 def self_mixer(
-    name: str, dim: int, heads: int, *, causal: bool = False, dropout: float = 0.0, options: Mapping[str, Any]
+    name: str,
+    dim: int,
+    heads: int,
+    *,
+    causal: bool = False,
+    ordered: bool = False,
+    dropout: float = 0.0,
+    options: Mapping[str, Any],
 ) -> TokenMixer:
     """The self-attention of a layer: the mechanism `name` with `options`.
 
@@ -43,6 +50,8 @@ def self_mixer(
         dim: channels D.
         heads: used by mechanisms that have heads.
         causal: ask for the causal form, where the mechanism has one; otherwise the noncausal form is built.
+        ordered: the tokens lie in order of time and may each read what came before alone: a mechanism that has only a
+            causal form, such as a recurrent memory, will do.
         dropout: probability, used by mechanisms that have attention dropout.
         options: the mechanism's own; a `dropout` among them wins.
 
@@ -50,12 +59,14 @@ def self_mixer(
         ValueError: the mechanism does not exist, cannot mix a sequence with itself, or refuses an option.
     """
     mechanism = registry.get(name)
-    if not issubclass(mechanism, TokenMixer) or not mechanism.info.supports(causal=False, cross=False):
+    forms = [form for form in (False, True) if mechanism.info.supports(causal=form, cross=False)]
+    if not issubclass(mechanism, TokenMixer) or not forms or not (ordered or False in forms):
+        able = dict.fromkeys([*fitting_mixers(), *(fitting_mixers(causal=True) if ordered else [])])
         raise ValueError(
             f"{name} cannot compute noncausal self attention over a sequence, which these models need; "
-            f"mixers that can: {', '.join(fitting_mixers())}"
+            f"mixers that can: {', '.join(able)}"
         )
-    causal = causal and mechanism.info.supports(causal=True, cross=False)
+    causal = True in forms and (causal or False not in forms)
     return _build(name, dim, heads, causal=causal, cross=False, dropout=dropout, options=options)
 
 

@@ -31,7 +31,7 @@ class PatchTST(ForecastModel):
             paper's own, softmax, and `res_attention`, each layer adds the scores of the layer before to its own.
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention; a look-back shorter than one patch;
+        ValueError: a mixer that cannot compute self-attention; a look-back shorter than one patch;
             mixer_args for softmax with `res_attention`, which has no options.
     """
 
@@ -63,7 +63,7 @@ class PatchTST(ForecastModel):
         def attention() -> TokenMixer:
             if residual:
                 return ResidualAttention(c.d_model, heads=c.n_heads)
-            return self_mixer(name, c.d_model, c.n_heads, options=mixer_args or {})
+            return self_mixer(name, c.d_model, c.n_heads, ordered=True, options=mixer_args or {})
 
         self.norm_window = (
             WindowNorm(shape.channels, affine=c.affine, subtract_last=c.subtract_last) if c.revin else None

@@ -27,10 +27,11 @@ class Transformer(ForecastModel):
             and the cross-attention where it has a cross pattern (softmax otherwise).
 
     Raises:
-        ValueError: a mixer that cannot compute noncausal self-attention; no encoder or no decoder layer.
+        ValueError: a mixer that cannot compute self-attention; no encoder or no decoder layer.
     """
 
     config: TransformerConfig
+    any_length: ClassVar[bool] = True
     own_mixer: ClassVar[str] = "softmax"
     embedding_bias: ClassVar[bool] = False
 
@@ -62,12 +63,14 @@ class Transformer(ForecastModel):
 
     def _encoder_layer(self, mixer: str, options: Mapping[str, Any]) -> EncoderLayer:
         c = self.config
-        attention = self_mixer(mixer, c.d_model, c.n_heads, dropout=c.dropout, options=options)
+        attention = self_mixer(mixer, c.d_model, c.n_heads, ordered=True, dropout=c.dropout, options=options)
         return EncoderLayer(attention, c.d_ff, dropout=c.dropout, activation=c.activation)
 
     def _decoder_layer(self, mixer: str, options: Mapping[str, Any]) -> DecoderLayer:
         c = self.config
-        attention = self_mixer(mixer, c.d_model, c.n_heads, causal=True, dropout=c.dropout, options=options)
+        attention = self_mixer(
+            mixer, c.d_model, c.n_heads, causal=True, ordered=True, dropout=c.dropout, options=options
+        )
         cross = cross_mixer(mixer, c.d_model, c.n_heads, dropout=c.dropout, options=options)
         return DecoderLayer(attention, cross, c.d_ff, dropout=c.dropout, activation=c.activation)
 
