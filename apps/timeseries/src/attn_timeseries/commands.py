@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from attn_shared import options
 from attn_shared.errors import UserError
+from attn_shared.runs import run_name
 
 _EXPORT = """usage: timeseries export RUN --output FILE.onnx [options]
 
@@ -55,6 +58,70 @@ def export(argv: Sequence[str]) -> int:
     )
     print(report)
     return 0
+
+
+_BACKTEST = """usage: timeseries backtest [--model NAME] [--data NAME_OR_PATH] [options of `train`] [options]
+
+Forecasts from one moment after the other, each from what was known then, and scores the forecasts beside the simple
+ones. The model is trained anew as time goes on, with nothing of what lies ahead. Writes forecasts.csv, origins.csv,
+backtest.json and report.html.
+
+  --folds N            origins; the last forecast ends with the data (default: as many as fit in the test part)
+  --step N             steps from one origin to the next (default: the horizon)
+  --horizon N          steps to forecast, as --data_args.pred_len
+  --refit N            train anew at every N-th origin; 0 = once, before the first (default: 1)
+  --window KIND        rows a fit sees: expanding = all before its origin (default), sliding = the last of them
+  --train_rows N       rows of a sliding window (default: as many as lie before the first origin)
+  --output DIR         where the results go (default: beside the runs)
+
+`timeseries train --help` lists the options of model, data and training."""
+
+_OWN = ("folds", "step", "refit", "window", "train_rows", "horizon", "output")
+
+
+def backtest(argv: Sequence[str]) -> int:
+    """`timeseries backtest`; the exit status."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(_BACKTEST)
+        return 0
+    from attn_timeseries.cli import APP
+
+    parsed = options.split(argv)
+    if parsed.words:
+        raise UserError(f"backtest takes options only, got {parsed.words[0]!r}; did you mean --data {parsed.words[0]}?")
+    options.check_options(options.Parsed(options=[(n, v) for n, v in parsed.options if n in _OWN]), _OWN)
+    # An option of ours that is misspelt is told with the nearest of all.
+    given = {name: parsed.last(name) for name in _OWN}
+    config = options.resolve(APP, parsed, extra=_OWN)
+    horizon = _whole(given["horizon"], "horizon", least=1)
+    if horizon is not None:
+        config.data_args.pred_len = horizon
+    window = given["window"] or "expanding"
+    if window not in ("expanding", "sliding"):
+        raise UserError(f"--window takes expanding or sliding, got {window}")
+    if given["train_rows"] is not None and window != "sliding":
+        raise UserError("--train_rows is for --window sliding")
+    refit = _whole(given["refit"], "refit", least=0)
+    folds, step = _whole(given["folds"], "folds", least=1), _whole(given["step"], "step", least=1)
+    train_rows = _whole(given["train_rows"], "train_rows", least=1)
+    from attn_timeseries import backtest as rolling
+
+    settings = rolling.Settings(
+        folds=folds, step=step, refit=1 if refit is None else refit, window=window, train_rows=train_rows
+    )
+    output = Path(given["output"]) if given["output"] else _new_folder(Path(config.runs) / APP.name, run_name(config))
+    print(rolling.run(config, settings, output, shlex.join([APP.name, "backtest", *argv])))
+    return 0
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = parent / f"backtest-{name}" / stamp
+    for count in range(2, 1000):
+        if not folder.exists():
+            break
+        folder = folder.with_name(f"{stamp}-{count}")
+    return folder
 
 
 def _whole(text: str | None, name: str, *, least: int) -> int | None:

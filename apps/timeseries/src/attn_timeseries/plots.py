@@ -106,3 +106,54 @@ def _few_dates(axis: Any) -> None:
     locator = AutoDateLocator(minticks=3, maxticks=6)
     axis.xaxis.set_major_locator(locator)
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def backtest_errors(origins: Any, model: str) -> Figure:
+    """Squared error at each origin, one line a model; `origins` is a frame with origin, fit, model and mse."""
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    moments = list(dict.fromkeys(origins["origin"]))
+    names = [model, *(name for name in dict.fromkeys(origins["model"]) if name != model)]
+    for number, name in enumerate(names):
+        rows = origins[origins["model"] == name]
+        axis.plot(
+            [moments.index(moment) for moment in rows["origin"]],
+            rows["mse"],
+            color=COLOURS[number % len(COLOURS)],
+            linewidth=1.8 if number == 0 else 1.0,
+            linestyle="-" if number == 0 else "--",
+            marker="o" if len(moments) == 1 else None,
+            label=name,
+        )
+    for moment in origins.drop_duplicates("fit")["origin"]:
+        axis.axvline(moments.index(moment), color=BASELINE, linewidth=0.7, linestyle=":")
+    shown = range(0, len(moments), max(1, -(-len(moments) // 6)))
+    axis.set_xticks(list(shown), [moments[i] for i in shown])
+    axis.set_ylabel("MSE (scaled)", fontsize=9)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8, frameon=False)
+    _tidy(axis)
+    return figure
+
+
+def backtest_forecasts(forecasts: Any, model: str) -> Figure:
+    """What came and the forecast from every origin, of the first series and column of a frame of forecasts."""
+    import pandas as pd
+
+    rows = forecasts[
+        (forecasts["series"] == forecasts["series"].iloc[0]) & (forecasts["column"] == forecasts["column"].iloc[0])
+    ]
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    truth = rows.drop_duplicates("time").sort_values("time")
+    axis.plot(pd.to_datetime(truth["time"]), truth["truth"], color=TRUTH, linewidth=1.1, label="truth")
+    for number, (_, part) in enumerate(rows.groupby("origin", sort=False)):
+        times = pd.to_datetime(part["time"])
+        axis.plot(times, part[model], color=FORECAST, linewidth=1.2, label=model if number == 0 else None)
+        if "lower" in part:
+            axis.fill_between(times, part["lower"], part["upper"], color=FORECAST, alpha=0.15, linewidth=0)
+    axis.set_title(str(rows["column"].iloc[0]), fontsize=9, loc="left")
+    axis.legend(fontsize=8, frameon=False)
+    _tidy(axis)
+    _few_dates(axis)
+    return figure
