@@ -59,9 +59,11 @@ def test_every_option_is_documented() -> None:
 def test_presets_fit_their_model(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, _, data = path.stem.partition("-")
     assert model in APP.models
-    assert not data or data in APP.datasets
+    kind = data if data in [each.name for each in APP.kinds] else None
+    assert not data or kind or data in APP.datasets
     (own := tmp_path / "own.csv").write_text("date,a\n")
-    assert main(["train", "--model", model, "--data", data or str(own), "--print_config"]) == 0
+    argv = ["--data", str(own), "--kind", kind] if kind else ["--data", data or str(own)]
+    assert main(["train", "--model", model, *argv, "--print_config"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     preset = yaml.safe_load(path.read_text())
     for part, values in preset.items():

@@ -204,6 +204,29 @@ class PatchTSTConfig:
 
 
 @dataclass(kw_only=True)
+class CloudFormerConfig:
+    """CloudFormer (S11) as a forecaster; sizes are ours, the paper's code and data are not public.
+
+    Attributes:
+        d_model: channels of a step's and of a metric's token.
+        n_heads: attention heads; divides d_model.
+        e_layers: encoder layers of each branch.
+        d_ff: width of the feed-forward layers and of the joint one.
+        use_norm: standardise each window by its own mean and deviation, and undo it in the forecast.
+        dropout: probability, of attention weights too.
+        activation: of the feed-forward layers.
+    """
+
+    d_model: int = 64
+    n_heads: int = 4
+    e_layers: int = 2
+    d_ff: int = 128
+    use_norm: bool = True
+    dropout: float = 0.1
+    activation: Activation = "gelu"
+
+
+@dataclass(kw_only=True)
 class DLinearConfig:
     """DLinear.
 
@@ -301,6 +324,56 @@ class MTANDConfig(UTDEConfig):
     """Learned time attention alone; see `UTDEConfig`."""
 
     series: Literal["utde", "imputation", "mtand"] = "mtand"
+
+
+@dataclass(kw_only=True)
+class TFTConfig:
+    """Temporal Fusion Transformer of pytorch-forecasting; names and defaults are that library's.
+
+    Attributes:
+        hidden_size: channels of a token.
+        lstm_layers: layers of its two LSTMs.
+        attention_head_size: attention heads; divides hidden_size.
+        hidden_continuous_size: channels of a number before variables are selected.
+        dropout: probability.
+    """
+
+    hidden_size: int = 16
+    lstm_layers: int = 1
+    attention_head_size: int = 4
+    hidden_continuous_size: int = 8
+    dropout: float = 0.1
+
+
+@dataclass(kw_only=True)
+class NHiTSConfig:
+    """N-HiTS of pytorch-forecasting; names and defaults are that library's, but `stacks` and `blocks` (its n_blocks).
+
+    Attributes:
+        hidden_size: units of a block's layers.
+        stacks: stacks, each at its own resolution.
+        blocks: blocks a stack.
+        n_layers: layers a block.
+        dropout: probability.
+        pooling_mode: how the look-back is made coarser.
+        interpolation_mode: how a coarse forecast becomes fine.
+        batch_normalization: between layers.
+        shared_weights: one set of weights a stack for all its blocks.
+        naive_level: begin from the last value.
+        activation: of the layers.
+    """
+
+    hidden_size: int = 512
+    stacks: int = 3
+    blocks: int = 1
+    n_layers: int = 2
+    dropout: float = 0.0
+    pooling_mode: Literal["max", "average"] = "max"
+    interpolation_mode: Literal["linear", "nearest"] = "linear"
+    batch_normalization: bool = False
+    shared_weights: bool = True
+    naive_level: bool = True
+    activation: Literal["ReLU", "Softplus", "Tanh", "SELU", "LeakyReLU", "PReLU", "Sigmoid"] = "ReLU"
 
 
 @dataclass(kw_only=True)
@@ -465,6 +538,18 @@ MODELS: dict[str, ModelCard] = {
             note="its learned time attention alone in the network of S198",
         ),
         ModelCard(
+            name="cloudformer",
+            title="CloudFormer: An Attention-based Performance Prediction for Public Clouds with Unknown Workload",
+            source="S11",
+            year=2025,
+            target="attn_timeseries.models.cloudformer:CloudFormer",
+            config=CloudFormerConfig,
+            mixer="softmax",
+            mixer_patterns=_SELF,
+            kinds=("forecast", "traffic"),
+            note="one branch attends over time, one over metrics; the forecasting head is ours",
+        ),
+        ModelCard(
             name="dlinear",
             title="Are Transformers Effective for Time Series Forecasting?",
             source="Zeng et al. 2023",
@@ -473,6 +558,24 @@ MODELS: dict[str, ModelCard] = {
             config=DLinearConfig,
             kinds=("forecast", "traffic"),
             note="two linear maps from look-back to horizon: the baseline to beat",
+        ),
+        ModelCard(
+            name="tft",
+            title="Temporal Fusion Transformers for Interpretable Multi-horizon Time Series Forecasting",
+            source="Lim et al. 2021",
+            year=2021,
+            target="attn_timeseries.integrations.baselines:TFT",
+            config=TFTConfig,
+            note="from pytorch-forecasting, an extra; each column is a series of its own",
+        ),
+        ModelCard(
+            name="nhits",
+            title="N-HiTS: Neural Hierarchical Interpolation for Time Series Forecasting",
+            source="Challu et al. 2023",
+            year=2023,
+            target="attn_timeseries.integrations.baselines:NHiTS",
+            config=NHiTSConfig,
+            note="from pytorch-forecasting, an extra; each column is a series of its own",
         ),
         ModelCard(
             name="naive",
