@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from attn_timeseries.config import STTNConfig
 from attn_timeseries.models.base import SeriesShape
 from attn_timeseries.models.layers import fitting_mixers
 from attn_timeseries.models.sttn import STTN, chebyshev, scaled_laplacian
+from attn_timeseries.traffic.cards import PEMSD7_SIGMA, PEMSD7_THRESHOLD, TrafficDataConfig
+from attn_timeseries.traffic.graph import to_weights
 
 STEPS, SENSORS, AHEAD, MARKS = 4, 5, 3, 2
 SMALL: dict[str, Any] = {"d_model": 8, "d_ff": 10, "d_head": 12, "n_heads": 2, "layers": 2}
@@ -153,7 +157,8 @@ def test_the_formulas(options: dict[str, Any], dtype: torch.dtype, bound: float)
     expected = by_the_formulas(exact, graph, x64, marks.double())
     (expected * probe).mean().backward()
 
-    assert (out - expected).detach().abs().max() <= bound * max(1.0, float(expected.abs().max()))
+    expected = expected.detach()
+    assert (out.detach() - expected).abs().max() <= bound * max(1.0, float(expected.abs().max()))
     assert (x.grad - x64.grad).abs().max() <= bound
     theirs = dict(exact.named_parameters())
     for name, parameter in ours.named_parameters():
@@ -184,6 +189,34 @@ def test_chebyshev_of_a_path_by_hand() -> None:
     r = 1 / math.sqrt(2)
     expected = torch.tensor([[0.0, -r, 0], [-r, 0, -r], [0, -r, 0]], dtype=torch.float64)
     torch.testing.assert_close(scaled_laplacian(graph), expected, rtol=0, atol=1e-12)
+
+
+def test_the_graph_of_the_official_code() -> None:
+    """Weights from distances and Chebyshev polynomials, three sensors of nine without an edge."""
+    golden = load_file(Path(__file__).parents[1] / "golden" / "timeseries_sttn_graph.safetensors")
+    config = TrafficDataConfig(graph_sigma=PEMSD7_SIGMA, graph_threshold=PEMSD7_THRESHOLD)
+    weights = to_weights(golden["distances"].numpy(), config, "distances", kind="distances")
+    torch.testing.assert_close(torch.from_numpy(weights), golden["weights"], rtol=0, atol=1e-14)
+    assert (golden["weights"].sum(dim=0) == 0).sum() == 3
+    torch.testing.assert_close(chebyshev(golden["weights"], 4), golden["kernels"], rtol=0, atol=1e-13)
+
+
+def test_the_fixed_convolution_against_another_library() -> None:
+    geometric = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not installed")
+    graph = draw_graph(7, seed=5)
+    block = build(graph[:SENSORS, :SENSORS], layers=1, order=4).spatial[0]
+    graph = graph[:SENSORS, :SENSORS]
+    other = geometric.ChebConv(SMALL["d_model"], SMALL["d_model"], K=4, normalization="sym").double()
+    for k, linear in enumerate(other.lins):
+        linear.weight.data = block.fixed.weight.data.view(SMALL["d_model"], 4, SMALL["d_model"])[:, k]
+    other.bias.data = block.fixed.bias.data
+    edges = graph.nonzero().T
+    degree = graph.sum(dim=0)
+    laplacian = torch.eye(SENSORS) - graph / (degree[:, None] * degree).sqrt()
+    x = torch.randn(SENSORS, SMALL["d_model"], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = other(x, edges, graph[edges[0], edges[1]], lambda_max=torch.linalg.eigvalsh(laplacian)[-1])
+    ours = block.fixed(torch.cat([kernel @ x for kernel in chebyshev(graph, 4)], dim=-1))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_a_sensor_without_an_edge_and_a_graph_without_edges() -> None:
