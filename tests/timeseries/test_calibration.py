@@ -98,10 +98,10 @@ def by_hand(score: np.ndarray, known: np.ndarray, start: np.ndarray) -> np.ndarr
     """The tracker as its module tells it, in loops over plain numbers."""
     windows, horizon, columns, pairs = score.shape
     alpha = ALPHA.numpy()
-    experts = {r: np.log(start).copy() for r in cal.RATES}
+    experts, shared = {r: np.log(start).copy() for r in cal.RATES}, {r: np.zeros(pairs) for r in cal.RATES}
     losses = dict.fromkeys(cal.RATES, 0.0)
     deficit, count = np.zeros_like(start), np.zeros((horizon, columns))
-    used, then = np.zeros_like(score), [{} for _ in range(windows)]
+    used, then = np.zeros_like(score), []
     for n in range(windows):
         due = [
             (n - h - 1, h, c)
@@ -109,30 +109,31 @@ def by_hand(score: np.ndarray, known: np.ndarray, start: np.ndarray) -> np.ndarr
             for c in range(columns)
             if n - h - 1 >= 0 and known[n - h - 1, h, c]
         ]
-        step = dict.fromkeys(cal.RATES, 0.0)
-        for w, h, c in due:
-            for p in range(pairs):
-                s = score[w, h, c, p]
-                for r in cal.RATES:
-                    size = math.exp(then[w][r][h, c, p])
-                    experts[r][h, c, p] += r * ((s > size) - alpha[p])
-                    pin = (1 - alpha[p]) * (s - size) if s > size else alpha[p] * (size - s)
-                    step[r] += pin / start[h, c, p] / (len(due) * pairs)
-                deficit[h, c, p] += (s > used[w, h, c, p]) - alpha[p]
-            count[h, c] += 1
+        now = {r: experts[r] + shared[r] for r in cal.RATES}
         for r in cal.RATES:
-            losses[r] += step[r]
+            own, together = r
+            for w, h, c in due:
+                for p in range(pairs):
+                    s, size = score[w, h, c, p], math.exp(then[w][r][h, c, p])
+                    pin = (1 - alpha[p]) * (s - size) if s > size else alpha[p] * (size - s)
+                    losses[r] += pin / start[h, c, p] / (len(due) * pairs)
+                    push = (s > math.exp(now[r][h, c, p])) - alpha[p]
+                    experts[r][h, c, p] += own * push
+                    shared[r][p] += together * push / len(due)
+        for w, h, c in due:
+            deficit[h, c] += (score[w, h, c] > used[w, h, c]) - alpha
+            count[h, c] += 1
         least = min(losses.values())
         weights = {r: math.exp(-(losses[r] - least)) for r in cal.RATES}
         total = sum(weights.values())
+        then.append({r: experts[r] + shared[r] for r in cal.RATES})
         for h in range(horizon):
             for c in range(columns):
                 for p in range(pairs):
-                    tracked = sum(weights[r] / total * math.exp(experts[r][h, c, p]) for r in cal.RATES)
+                    tracked = sum(weights[r] / total * math.exp(then[n][r][h, c, p]) for r in cal.RATES)
                     angle = deficit[h, c, p] * math.log(count[h, c] + 1) / (count[h, c] + 1) / (2 / math.pi)
                     pull = math.tan(min(max(angle, -1.4), 1.4))
                     used[n, h, c, p] = tracked * math.exp(min(max(pull, -2.0), 2.5))
-        then[n] = {r: experts[r].copy() for r in cal.RATES}
     return used
 
 

@@ -9,12 +9,16 @@ Johnson and Leeb 2020). Around a forecast without quantiles a and b are 1, and t
   of the validation windows (split conformal). Windows that overlap, and series that change, are not exchangeable: the
   guarantee of the theory does not hold, and coverage has to be measured.
 - `adaptive`: the factor follows the stream of forecasts. A score counts only once its target is past when the forecast
-  is made: the score of step h comes h steps late. The factor is the sum of two parts in the logarithm. One is quantile
-  tracking, q <- q + rate (missed - alpha), at several rates mixed by exponential weights of their pinball losses so far
-  (Gibbs and Candes 2024). The other is the saturating integral of the errors of conformal PID control (Angelopoulos,
-  Candes and Tibshirani 2023): tan(S log(t + 1) / ((t + 1) 2/pi)), S the sum of (missed - alpha) over t scores, which
-  answers what the first part leaves. That steps are taken in the logarithm is ours: scores of a series whose scale has
-  changed differ by a factor. The settings below are the same for all data.
+  is made: the score of step h comes h steps late. The factor is the sum of two parts in the logarithm.
+  One is quantile tracking, q <- q + rate (missed - alpha), where a score that has come in is held against the factor of
+  now: against that of its own forecast, which may be long ago, the factor would go on growing for a whole horizon after
+  it has become large enough. Experts with different rates, of their own for every step and column and of one shared by
+  all, are mixed by exponential weights of the pinball losses of what they had said (Gibbs and Candes 2024).
+  The other is the saturating integral of conformal PID control (Angelopoulos, Candes and Tibshirani 2023):
+  tan(S log(t + 1) / ((t + 1) 2/pi)), S the sum of (missed - alpha) over the t intervals given out so far, which makes
+  up for what the first part leaves.
+  That steps are taken in the logarithm, and that experts share, is ours: where the scale of a series has changed, all
+  its scores differ by a factor. The settings below are the same for all data.
 
 Shapes: N windows, H horizon, C columns, Q levels, P = (Q - 1) / 2 pairs, the widest first.
 """
@@ -30,11 +34,12 @@ from torch import Tensor, nn
 
 from attn_shared.errors import UserError
 
-RATES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+# Rates of each expert: of its own at every step and column, and of the factor shared by all.
+RATES = tuple((own, shared) for own in (0.0, 0.02, 0.1) for shared in (0.0, 0.1, 0.2))
 _LEAST = 1e-6  # of a distance, in scaled units
 _ANGLE = 1.4  # where the integral stops growing
 _PULL = (-2.0, 2.5)  # smallest and largest logarithm of the integral's factor
-_RANGE = 7.0  # of an expert's logarithm, from where it started
+_RANGE = 5.0  # of either part of an expert's logarithm, from where it started
 _MOST = 20_000_000  # scores kept for the conformal factors; of longer splits every second window, fourth, …
 
 
@@ -115,18 +120,23 @@ class Outcome:
         return scores(self.quantiles, self.target)
 
 
+_STATE = ("experts", "shared", "losses", "deficit", "count")
+
+
 @dataclass(kw_only=True)
 class TrackerState:
     """Where online calibration stands.
 
     Attributes:
-        experts: (K, H, C, P) logarithms of the factor, one for each rate.
+        experts: (K, H, C, P) own logarithms of the factor, of each expert.
+        shared: (K, P) its logarithms of the factor shared by all steps and columns.
         losses: (K,) pinball losses so far.
         deficit: (H, C, P) sum of (missed - alpha).
         count: (H, C, 1) scores in it.
     """
 
     experts: Tensor
+    shared: Tensor
     losses: Tensor
     deficit: Tensor
     count: Tensor
@@ -136,6 +146,7 @@ class TrackerState:
         """From factors (H, C, P) that a calibration split gave."""
         return cls(
             experts=factors.log().expand(len(RATES), *factors.shape).clone(),
+            shared=factors.new_zeros(len(RATES), factors.shape[-1]),
             losses=factors.new_zeros(len(RATES)),
             deficit=torch.zeros_like(factors),
             count=factors.new_zeros(*factors.shape[:2], 1),
@@ -156,7 +167,7 @@ class Tracker:
 
     def __init__(self, state: TrackerState, unit: Tensor, alpha: Tensor) -> None:
         self.state, self.unit, self.alpha = state.copy(), unit, alpha
-        self.rates = torch.tensor(RATES, dtype=torch.float64)[:, None, None, None]
+        self.own, self.shared = torch.tensor(RATES, dtype=torch.float64).unbind(dim=1)
         self.horizon = unit.shape[0]
         self.made = 0
         # What was forecast at the last H origins, origin n in row n mod H.
@@ -176,7 +187,7 @@ class Tracker:
             used = factors[i] = self.next()
             row = self.made % self.horizon
             self._scores[row], self._known[row] = score[i], known[i].unsqueeze(-1)
-            self._used[row], self._experts[row] = used, self.state.experts
+            self._used[row], self._experts[row] = used, self._said()
             self.made += 1
         return factors
 
@@ -185,9 +196,13 @@ class Tracker:
         self._absorb()
         state = self.state
         weight = torch.softmax(-state.losses, dim=0)[:, None, None, None]
-        tracked = (weight * state.experts.exp()).sum(dim=0)
+        tracked = (weight * self._said().exp()).sum(dim=0)
         angle = state.deficit * (state.count + 1).log() / (state.count + 1) * (math.pi / 2)
         return tracked * angle.clamp(-_ANGLE, _ANGLE).tan().clamp(*_PULL).exp()
+
+    def _said(self) -> Tensor:
+        """(K, H, C, P) logarithms of the factor, of each expert."""
+        return self.state.experts + self.state.shared[:, None, None]
 
     def settle(self) -> TrackerState:
         """The state once the targets of all forecasts made are past."""
@@ -205,15 +220,18 @@ class Tracker:
         known = self._known[rows, steps]
         if not known.any():
             return
-        state, unit = self.state, self.unit[steps]
-        score, experts = self._scores[rows, steps], self._experts[rows, :, steps].transpose(0, 1)
-        size = experts.exp()
-        missed = (score > size).to(torch.float64)
-        state.experts[:, steps] += torch.where(known, self.rates * (missed - self.alpha), 0.0)
-        start = unit.log()
-        state.experts[:, steps] = state.experts[:, steps].clamp(start - _RANGE, start + _RANGE)
+        state, unit, total = self.state, self.unit[steps], known.sum()
+        score = torch.where(known, self._scores[rows, steps], 0.0)
+        size = self._experts[rows, :, steps].transpose(0, 1).exp()
         loss = torch.maximum((1 - self.alpha) * (score - size), self.alpha * (size - score)) / unit
-        state.losses += torch.where(known, loss, 0.0).sum(dim=(1, 2, 3)) / (known.sum() * len(self.alpha))
+        state.losses += torch.where(known, loss, 0.0).sum(dim=(1, 2, 3)) / (total * len(self.alpha))
+        missed = (score > self._said()[:, steps].exp()).to(torch.float64)
+        push = torch.where(known, missed - self.alpha, 0.0)
+        start = unit.log()
+        moved = state.experts[:, steps] + self.own[:, None, None, None] * push
+        state.experts[:, steps] = moved.clamp(start - _RANGE, start + _RANGE)
+        state.shared += self.shared[:, None] * push.sum(dim=(1, 2)) / total
+        state.shared.clamp_(-_RANGE, _RANGE)
         late = (score > self._used[rows, steps]).to(torch.float64)
         state.deficit[steps] += torch.where(known, late - self.alpha, 0.0)
         state.count[steps] += known
@@ -267,7 +285,7 @@ class Calibration(nn.Module):
 
     def _set(self, factors: Tensor, states: Sequence[TrackerState]) -> None:
         self.factors = factors.to(self.factors)
-        for name in ("experts", "losses", "deficit", "count"):
+        for name in _STATE:
             mean = torch.stack([getattr(state, name) for state in states]).mean(dim=0)
             setattr(self, name, mean.to(getattr(self, name)))
         self.fitted.fill_(True)
@@ -278,9 +296,7 @@ class Calibration(nn.Module):
 
     def tracker(self) -> Tracker:
         """A new stream, from where the validation split ended."""
-        state = TrackerState(
-            **{n: getattr(self, n).cpu().to(torch.float64) for n in ("experts", "losses", "deficit", "count")}
-        )
+        state = TrackerState(**{n: getattr(self, n).cpu().to(torch.float64) for n in _STATE})
         return Tracker(state, self.conformal(), self.alpha)
 
 
