@@ -97,7 +97,8 @@ class ItemsTask(Task):
         if type(self.network).scores is not ItemModel.scores:
             return self.network.scores(users)
         if self._vectors is None:
-            self._vectors = self.network.embeddings()
+            left, right = self.network.embeddings()
+            self._vectors = left.detach(), right.detach()
         left, right = self._vectors
         return left[users] @ right.T
 
