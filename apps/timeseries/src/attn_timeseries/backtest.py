@@ -33,7 +33,7 @@ from attn_timeseries.data.cards import ForecastDataConfig
 from attn_timeseries.data.sources import read_source
 from attn_timeseries.data.table import Series, SeriesTable
 from attn_timeseries.data.windows import Scaler, Windows, fill_between
-from attn_timeseries.predict import forecast_series
+from attn_timeseries.predict import covariate_batch, forecast_series
 from attn_timeseries.task import ForecastTask, new_scores
 
 HISTORY = "history"
@@ -252,9 +252,9 @@ def _forecasts(
     row = task.scaler.row(series.name)
     mean, std = task.scaler.mean[row], task.scaler.std[row]
     history = task.scaler.scale(fill_between(seen.values), series.name)[-task.shape.seq_len :]
-    x = torch.from_numpy(history.astype(np.float32))[None]
+    batch = {"x": torch.from_numpy(history.astype(np.float32))[None], **covariate_batch(task, seen, table)}
     for baseline in rows:
-        found[baseline.name] = baseline.forecast(x)[0].double().numpy() * std + mean
+        found[baseline.name] = baseline.of(batch)[0].double().numpy() * std + mean
     return found, bounds
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -16,19 +16,34 @@ from attn_timeseries.data.windows import Windows
 from attn_timeseries.metrics import IntervalScores
 
 Forecast = Callable[[Tensor], Tensor]
+Effect = Callable[[Mapping[str, Tensor]], Tensor]
 _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _WORK = 3e10  # multiplications spent on the normal equations: a second or two
 _BATCH = 512
+_ROWS = 100_000  # of a table at a time
+_LEVELS = 200  # of a category that the regression gives a column each
 _RESIDUALS = 2000  # training windows whose residuals make a baseline's quantiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A forecast without training by gradient: `(B, L, C) -> (B, H, C)`, and how it was made."""
+    """A forecast without training by gradient: `(B, L, C) -> (B, H, C)`, and how it was made.
+
+    Where it has an effect of covariates, batch -> (B, L + H, C), `forecast` is of what that effect leaves.
+    """
 
     name: str
     note: str
     forecast: Forecast
+    effect: Effect | None = None
+
+    def of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, H, C) from the `x` of a batch and the covariates in it."""
+        x = batch["x"]
+        if self.effect is None:
+            return self.forecast(x)
+        effect = self.effect(batch).to(x)
+        return self.forecast(x - effect[:, : x.shape[1]]) + effect[:, x.shape[1] :]
 
 
 def repeat_last(x: Tensor, pred_len: int) -> Tensor:
@@ -50,13 +65,13 @@ def batches(windows: Windows, size: int = _BATCH) -> Iterator[dict[str, Tensor]]
         yield windows.__getitems__(range(first, min(first + size, len(windows))))
 
 
-def fit_linear(train: Windows, val: Windows | None) -> tuple[Tensor, Tensor, float]:
+def fit_linear(train: Windows, val: Windows | None, effect: Effect | None = None) -> tuple[Tensor, Tensor, float]:
     """The linear map from look-back to horizon that DLinear trains towards, solved at once.
 
     DLinear's trend is a linear function of the look-back, so its two maps together are one affine map shared by all
     channels ("Are Transformers Effective for Time Series Forecasting?", Section 4). Its squared error on the training
     windows has a closed minimum; a ridge penalty, chosen on the validation windows, takes the place of early stopping.
-    No random number is drawn.
+    No random number is drawn. With an `effect` of covariates the map is that of what the effect leaves.
 
     Returns:
         weight (L, H) and bias (H,) float64, and the penalty as a share of the mean squared input.
@@ -68,11 +83,11 @@ def fit_linear(train: Windows, val: Windows | None) -> tuple[Tensor, Tensor, flo
     cross = torch.zeros(length + 1, horizon, dtype=torch.float64)
     for first in range(0, len(train), _BATCH * stride):
         chosen = range(first, min(first + _BATCH * stride, len(train)), stride)
-        inputs, targets = _pairs(train.__getitems__(chosen), horizon)
+        inputs, targets = _pairs(train.__getitems__(chosen), horizon, effect)
         gram += inputs.T @ inputs
         cross += inputs.T @ targets
     unit = gram.diagonal()[:-1].mean()
-    checks = [_pairs(batch, horizon) for batch in batches(val)] if val is not None else []
+    checks = [_pairs(batch, horizon, effect) for batch in batches(val)] if val is not None else []
     best: tuple[float, Tensor, float] | None = None
     for penalty in _PENALTIES:
         ridge = torch.full((length + 1,), float(penalty * unit), dtype=torch.float64)
@@ -88,11 +103,67 @@ def fit_linear(train: Windows, val: Windows | None) -> tuple[Tensor, Tensor, flo
     return best[1][:-1], best[1][-1], best[2]
 
 
-def _pairs(batch: dict[str, Tensor], pred_len: int) -> tuple[Tensor, Tensor]:
-    """(B·C, L + 1) look-backs with a one at the end, (B·C, H) targets; float64."""
-    inputs = batch["x"].to(torch.float64).transpose(1, 2).flatten(0, 1)
-    targets = batch["y"][:, -pred_len:].to(torch.float64).transpose(1, 2).flatten(0, 1)
+def _pairs(batch: dict[str, Tensor], pred_len: int, effect: Effect | None = None) -> tuple[Tensor, Tensor]:
+    """(B·C, L + 1) look-backs with a one at the end, (B·C, H) targets, both less the effect; float64."""
+    inputs, targets = batch["x"].to(torch.float64), batch["y"][:, -pred_len:].to(torch.float64)
+    if effect is not None:
+        known = effect(batch)
+        inputs, targets = inputs - known[:, :-pred_len], targets - known[:, -pred_len:]
+    inputs, targets = inputs.transpose(1, 2).flatten(0, 1), targets.transpose(1, 2).flatten(0, 1)
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1), targets
+
+
+def fit_effect(train: Windows) -> Effect | None:
+    """Least squares of the targets of a step on what is known of it: known and static covariates, from training rows.
+
+    Numbers enter as they are, categories as one column a level. None where nothing is known ahead.
+    """
+    tables = train.covariates
+    if not {"known", "known_cat"} & set(tables):
+        return None
+    levels = {
+        role: [int(column.max()) + 1 for column in table.unbind(-1)]
+        for role, table in tables.items()
+        if role in ("known_cat", "static_cat")
+    }
+
+    def design(given: Mapping[str, Tensor], steps: Tensor) -> Tensor:
+        """(…, Z) float64 from tables or a batch whose static ones are spread over `steps`."""
+        parts = [torch.ones_like(steps, dtype=torch.float64)[..., None]]
+        parts += [given[role].to(torch.float64) for role in ("known", "static") if role in given]
+        for role, counts in levels.items():
+            for c, count in enumerate(counts):
+                if count <= _LEVELS:
+                    places = torch.arange(count, device=steps.device)
+                    parts.append((given[role][..., c, None] == places).to(torch.float64))
+        return torch.cat(parts, dim=-1)
+
+    lengths = torch.tensor([len(times) for times in train.times])
+    rows = {
+        role: table.repeat_interleave(lengths, dim=0) if role.startswith("static") else table
+        for role, table in tables.items()
+    }
+    whole = train.observed.all(dim=1) if train.observed is not None else torch.ones(len(train.values), dtype=torch.bool)
+    gram, cross = torch.zeros(()), torch.zeros(())
+    for first in range(0, len(train.values), _ROWS):
+        chosen = slice(first, first + _ROWS)
+        z = design({role: table[chosen] for role, table in rows.items()}, train.values[chosen, 0])[whole[chosen]]
+        gram = gram + z.T @ z
+        cross = cross + z.T @ train.values[chosen][whole[chosen]].to(torch.float64)
+    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    solution = torch.linalg.solve(gram + ridge, cross)
+
+    def effect(batch: Mapping[str, Tensor]) -> Tensor:
+        known = batch["known"] if "known" in batch else batch["known_cat"]
+        count = known.shape[1]
+        given = {
+            role: value[:, None].expand(-1, count, -1) if role.startswith("static") else value
+            for role, value in batch.items()
+            if role in ("known", "known_cat", "static", "static_cat")
+        }
+        return design(given, known[..., 0]) @ solution.to(known.device)
+
+    return effect
 
 
 _FITTED: WeakKeyDictionary[Windows, list[Baseline]] = WeakKeyDictionary()
@@ -128,6 +199,18 @@ def baselines(train: Windows | None, val: Windows | None, season: int, pred_len:
                 forecast=linear,
             )
         )
+        effect = fit_effect(train)
+        if effect is not None:
+            around, level, share = fit_linear(train, val, effect)
+            rows.append(
+                Baseline(
+                    name="regression (closed form)",
+                    note="least squares on the known and static covariates, and the best linear map of what that "
+                    f"leaves, ridge {share:g} chosen on the validation part",
+                    forecast=lambda x: (x.transpose(1, 2) @ around.to(x) + level.to(x)).transpose(1, 2),
+                    effect=effect,
+                )
+            )
         _FITTED[train] = rows
     return rows
 
@@ -173,7 +256,7 @@ def residual_quantiles(row: Baseline, windows: Windows, levels: Sequence[float])
     """
     chosen = range(0, len(windows), max(1, len(windows) // _RESIDUALS))
     batch = windows.__getitems__(chosen)
-    error = (batch["y"][:, -windows.pred_len :] - row.forecast(batch["x"])).double().numpy()
+    error = (batch["y"][:, -windows.pred_len :] - row.of(batch)).double().numpy()
     if "observed" in batch:
         error = np.where(batch["observed"].numpy(), error, np.nan)
     quantile = np.nanquantile if np.isnan(error).any() else np.quantile
@@ -187,5 +270,5 @@ def residual_quantiles(row: Baseline, windows: Windows, levels: Sequence[float])
 
 def _outcomes(row: Baseline, offsets: Tensor, windows: Windows) -> Iterator[Outcome]:
     for batch in batches(windows):
-        quantiles = row.forecast(batch["x"]).double().unsqueeze(-1) + offsets
+        quantiles = row.of(batch).double().unsqueeze(-1) + offsets
         yield Outcome.of(quantiles, batch["y"][:, -windows.pred_len :], batch.get("observed"), batch["series"])

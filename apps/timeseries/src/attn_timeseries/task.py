@@ -313,7 +313,7 @@ class ForecastTask(Task):
         for batch in simple.batches(bundle.test):
             for row in rows:
                 target = batch["y"][:, -pred_len:]
-                scores[row.name].update(row.forecast(batch["x"]), target, batch["group"], batch.get("observed"))
+                scores[row.name].update(row.of(batch), target, batch["group"], batch.get("observed"))
         return scores
 
     @classmethod
@@ -462,7 +462,7 @@ class ForecastTask(Task):
         mean, std = self.scaler.mean[group, channel], self.scaler.std[group, channel]
         name, times = bundle.test.window_times(index)
         others = {
-            row.name: row.forecast(batch["x"])[0, :, channel].double().numpy() * std + mean
+            row.name: row.of(batch)[0, :, channel].double().numpy() * std + mean
             for row in self._simple(self.config, bundle)
             if row.name.startswith("dlinear") and self.config.model != "dlinear"
         }

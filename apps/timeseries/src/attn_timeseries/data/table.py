@@ -378,18 +378,17 @@ def _ids(cells: Cells, columns: list[str]) -> tuple[np.ndarray, list[tuple[str, 
     """Number of the series each row belongs to, and the series' ids in order of appearance."""
     if not columns:
         return np.zeros(len(cells.frame), dtype=np.int64), [()]
-    texts = []
+    codes = np.zeros(len(cells.frame), dtype=np.int64)
+    found: list[tuple[str, ...]] = [()]
     for name in columns:
         column = cells.frame[name]
         missing = column.isna().to_numpy()
         if missing.any():
             raise UserError(f"{cells.where(int(missing.argmax()))}: the name of the series is missing ({name!r})")
-        texts.append(column.astype(str).str.strip())
-    codes, names = pd.factorize(texts[0])
-    if len(texts) == 1:
-        return codes, [(str(name),) for name in names]
-    codes, keys = pd.factorize(pd.MultiIndex.from_arrays(texts))
-    found = [tuple(str(part) for part in key) for key in keys]
+        level, texts = pd.factorize(column.astype(str).str.strip())
+        codes, pairs = pd.factorize(codes * len(texts) + level)
+        names = [str(text) for text in texts]
+        found = [(*found[pair // len(names)], names[pair % len(names)]) for pair in pairs.tolist()]
     joined: dict[str, tuple[str, ...]] = {}
     for key in found:
         other = joined.setdefault("/".join(key), key)

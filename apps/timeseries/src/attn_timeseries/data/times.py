@@ -35,6 +35,7 @@ _DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d"}
 _OFFSET = re.compile(r":\d{2}(?:\.\d+)?\s*(?P<offset>Z|UTC|[+-]\d{2}:?\d{2})$")
 _CLOCK_ONLY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?$")
 _SAMPLE = 500
+_MANY = 5000
 
 
 def is_clock(text: pd.Series) -> bool:
@@ -68,6 +69,12 @@ def parse_times(raw: pd.Series, *, digits: bool = True) -> tuple[pd.Series, list
         return raw.dt.as_unit("us"), []
     if pd.api.types.is_float_dtype(raw):
         raw = raw.astype("Int64") if (raw.dropna() % 1 == 0).all() else raw
+    if len(raw) > _MANY:
+        # A long table repeats its times in every series: each is read once.
+        codes, distinct = pd.factorize(raw)
+        if len(distinct) < len(raw) // 2:
+            read, how = parse_times(pd.Series(distinct), digits=digits)
+            return pd.Series(read.array.take(codes, allow_fill=True), index=raw.index), how
     text = raw.astype("str").str.strip()
     text = text.where(raw.notna().to_numpy(), None)
     known = text.dropna()
