@@ -103,6 +103,14 @@ def test_dates_count_from_the_start_or_the_first_record(tmp_path: Path) -> None:
     assert corpus.stays[1].note_hours.tolist() == [0.0]
 
 
+def test_decimal_commas(tmp_path: Path) -> None:
+    table = ["id;time;variable;value", "a;0,5;hr;80,5", "b;1;hr;-3,25", "b;2;hr;4"]
+    corpus = load_corpus(str(write(tmp_path, table, ["id;died", "a;1", "b;0"], None)), options())
+    assert corpus.variables == ["hr"]
+    assert corpus.stays[0].hours.tolist() == [0.5]
+    assert [stay.values[:, 0].tolist() for stay in corpus.stays] == [[80.5], [-3.25, 4.0]]
+
+
 def test_embeddings_as_notes(tmp_path: Path) -> None:
     corpus = load_corpus(str(write(tmp_path, notes=["id,time,e0,e1,e2", "a,1,0.5,1,2", "d,2,3,4,5"])), options())
     assert corpus.embedding == 3

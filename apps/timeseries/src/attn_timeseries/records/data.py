@@ -275,8 +275,10 @@ def prepare(args: RecordsDataConfig, corpus: Corpus, *, state: Mapping[str, Any]
         "time points a stay": f"median {np.median(points):g}, of whose cells {observed:.0%} are observed",
         "notes": _note_facts(state, sets),
     }
-    if corpus.found:
-        facts["found"] = "; ".join(corpus.found)
+    outside = sum(int(((one.hours < 0) | (one.hours >= state["hours"])).sum()) for one in corpus.stays)
+    late = [f"{outside:,} time points lie outside the period and are not seen"] if outside else []
+    if corpus.found or late:
+        facts["found"] = "; ".join([*corpus.found, *late])
     name = DATASETS[corpus.source].name if corpus.source in DATASETS else corpus.source
     tested = sets["test"] or sets["val"]
     protocol = (

@@ -19,6 +19,7 @@ from core_attn.naming import nearest
 
 MOST_CATEGORIES = 30
 _LIMIT = re.compile(r"^\s*[<>≤≥]=?\s*")
+_DECIMAL_COMMA = re.compile(r"^([+-]?\d+),(\d+)$")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _EMPTY = frozenset(MISSING)
 
@@ -33,6 +34,7 @@ class Cells:
         text = read_text(path, [])
         delimiter = "," if "\n" in text and not re.search(r"[,;\t|]", text.split("\n", 1)[0]) else ""
         delimiter = delimiter or sniff_delimiter(text, path.name)
+        self.delimiter = delimiter
         self.columns, self.lines = scan(text, delimiter, path.name)
         self.frame = pd.read_csv(
             io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False, na_filter=False, skip_blank_lines=True
@@ -82,11 +84,20 @@ class Cells:
             raise UserError(f"{self.where(row)}: no {kind}")
         return names
 
+    def as_numbers(self, text: np.ndarray) -> np.ndarray:
+        """Text as finite numbers, NaN where it is none. Where commas do not part columns they may be decimal signs."""
+        cells = pd.Series(text, dtype="str")
+        if self.delimiter != ",":
+            cells = cells.str.replace(_DECIMAL_COMMA, r"\1.\2", regex=True)
+        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, copy=True)
+        numbers[~np.isfinite(numbers)] = np.nan
+        return numbers
+
     def numbers(self, column: str, what: str) -> np.ndarray:
         """Cells as numbers, NaN where empty."""
         text = self.text(column)
-        numbers = pd.to_numeric(pd.Series(text), errors="coerce").to_numpy(np.float64)
-        for row in np.flatnonzero(~np.isfinite(numbers)):
+        numbers = self.as_numbers(text)
+        for row in np.flatnonzero(np.isnan(numbers)):
             if text[row] not in _EMPTY:
                 raise UserError(f"{self.where(row)}: {what} {text[row]!r} is no number")
         return numbers
@@ -255,7 +266,7 @@ def _hours(
         text = cells.text(name)
         for row in np.flatnonzero(np.isin(text, list(_EMPTY)))[:1]:
             raise UserError(f"{cells.where(row)}: no time")
-        as_numbers.append(pd.to_numeric(pd.Series(text), errors="coerce").to_numpy(np.float64))
+        as_numbers.append(cells.as_numbers(text))
     if all(np.isfinite(numbers).mean() >= 0.5 for numbers in as_numbers):
         for (cells, name, _), numbers in zip(parts, as_numbers):
             for row in np.flatnonzero(~np.isfinite(numbers))[:1]:
@@ -297,8 +308,7 @@ def _values(
         found.append(f"{int(empty.sum()):,} rows have no value and are left out")
     limited = np.array([bool(_LIMIT.match(cell)) for cell in text]) & ~empty
     plain = np.array([_LIMIT.sub("", cell) for cell in text], dtype=object) if limited.any() else text
-    numbers = pd.to_numeric(pd.Series(plain), errors="coerce").to_numpy(np.float64, copy=True)
-    numbers[~np.isfinite(numbers)] = np.nan
+    numbers = table.as_numbers(plain)
     if limited.any():
         found.append(f"{int(limited.sum()):,} values such as {text[limited][0]!r} are taken at their limit")
     textual = ~empty & np.isnan(numbers)
