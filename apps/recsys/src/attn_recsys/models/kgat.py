@@ -279,15 +279,10 @@ class KGAT(ItemModel):
         order = torch.argsort(relation, stable=True)
         counts = torch.bincount(relation, minlength=len(self.trans_M)).tolist()
         nodes = torch.stack([head, tail, corrupt])[:, order]
-        # One product a relation: a matrix for every triple would be copied out of trans_M otherwise.
-        projected = torch.cat(
-            [
-                x @ self.trans_M[number]
-                for number, x in enumerate(self.entity_user_embed(nodes).split(counts, dim=1))
-                if counts[number]
-            ],
-            dim=1,
-        )
+        # One product a relation: a matrix for every triple would be copied out of trans_M otherwise. And unbind, as the
+        # gradient of every single trans_M[r] is as large as all of them.
+        groups = zip(self.entity_user_embed(nodes).split(counts, dim=1), self.trans_M.unbind(0), counts)
+        projected = torch.cat([x @ matrix for x, matrix, count in groups if count], dim=1)
         h, t, c = projected.unbind(0)
         r = self.relation_embed(relation[order])
         right, wrong = (h + r - t).square().sum(-1), (h + r - c).square().sum(-1)
