@@ -418,6 +418,24 @@ def test_a_graph_beside_a_table_makes_it_traffic(tmp_path: Path) -> None:
     assert APP.datasets["pemsd7"].kind == "traffic"
 
 
+def test_a_table_is_traffic_to_a_model_that_does_nothing_else(tmp_path: Path) -> None:
+    path = write(tmp_path, graph=False)
+    assert APP.defaults("sttn", str(path))[2].name == "traffic"
+    assert APP.defaults("dlinear", str(path))[2].name == "forecast"
+    assert APP.defaults("dlinear", str(path), "traffic")[2].name == "traffic"
+    with pytest.raises(UserError, match="sttn is no model to forecast tables of series, which etth1 is for"):
+        APP.defaults("sttn", "etth1")
+
+
+def test_data_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, speeds().drop(index=range(100, 110)))
+    main(["data", "check", str(path)])
+    assert "cut into 2 segments" in capsys.readouterr().out
+    (tmp_path / "roads.graph.csv").write_text("from,to,weight\na,b,much\n")
+    assert main(["data", "check", str(path)]) != 0
+    assert "roads.graph.csv:2: 'much' is not a number" in capsys.readouterr().out
+
+
 def test_train_evaluate_and_predict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,9 @@ class App:
             data = chosen.default_data
         else:
             chosen = self.kind(data, kind)
+            if kind is None and model and data not in self.datasets and not self.does(model, chosen):
+                # A file may suit several kinds: it is taken for what the model does.
+                chosen = self.kind(data, (self.model(model).kinds or (self.kinds[0].name,))[0])
         model = model or chosen.default_model
         if not self.does(model, chosen):
             able = ", ".join(name for name in self.models if self.does(name, chosen))

@@ -67,6 +67,10 @@ def check_file(path: Path) -> list[str]:
         from attn_timeseries.classification.cases import check_file as check_cases
 
         return check_cases(path)
+    if kind_of_file(str(path)) == traffic.NAME:
+        from attn_timeseries.traffic.data import check_file as check_sensors
+
+        return check_sensors(path)
     from attn_timeseries.data.table import check_file as check_table
 
     return check_table(path)

@@ -205,6 +205,16 @@ def graph_matrix(state: Sequence[Sequence[float]] | None, count: int) -> np.ndar
     return weights
 
 
+def check_file(path: str | Path) -> list[str]:
+    """What is wrong with a table and the graph beside it or worth knowing, in sentences."""
+    config = settle("", TrafficDataConfig())
+    try:
+        table = read_sensors(str(path), config)
+        return [*table.notes, *load_graph(str(path), table.columns, config)[1]]
+    except UserError as error:
+        return [str(error)]
+
+
 # -- splits -----------------------------------------------------------------------------------------------------------
 
 
