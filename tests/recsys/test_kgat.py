@@ -217,6 +217,16 @@ def test_training_lowers_the_loss_and_every_vector_is_finite() -> None:
     assert items.shape == (5, 24)
 
 
+def test_autocast() -> None:
+    model, graph, _ = small(mess_dropout=(0.0, 0.0, 0.0))
+    model.start_epoch(0)
+    right = model.propagate()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(model.propagate().float(), right) < 0.05
+        model.loss(batch(graph), 0).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_without_a_knowledge_graph() -> None:
     graph = ItemsGraph(user=torch.tensor([0, 1]), item=torch.tensor([1, 0]), head=NONE, relation=NONE, tail=NONE)
     model = KGAT(KGATConfig(), ItemsShape(users=2, items=3), graph)

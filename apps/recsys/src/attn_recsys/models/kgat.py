@@ -233,7 +233,8 @@ class KGAT(ItemModel):
             if self.training and self.config.node_dropout:
                 # A node that is dropped sends to nobody in this layer.
                 sent = x * F.dropout(x.new_ones(len(x), 1), self.config.node_dropout)
-            x = layer(x, edge_sum(attention, sent, edges))
+            # Sums over edges stay in float32 where autocast makes the layers' results shorter.
+            x = layer(x, edge_sum(attention, sent.to(attention.dtype), edges))
             found.append(F.normalize(x, dim=1))
         return torch.cat(found, dim=1)
 
