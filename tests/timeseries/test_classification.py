@@ -13,14 +13,16 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
+from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
 from attn_timeseries.classification import metrics
 from attn_timeseries.classification.baselines import dtw_distances, stretched
-from attn_timeseries.classification.cards import ClassifyDataConfig
+from attn_timeseries.classification.cards import ClassifyDataConfig, ClassifyTaskConfig
 from attn_timeseries.classification.cases import parse_csv, parse_ts
 from attn_timeseries.classification.data import SeriesSet, filled, fit_state, held_out, read_splits
 from attn_timeseries.classification.rocket import MiniRocket
 from attn_timeseries.cli import main
+from attn_timeseries.config import FlowformerConfig
 
 NEEDS_DATA = pytest.mark.skipif("ATTN_DATA" not in os.environ, reason="ATTN_DATA names no folder of data sets")
 HEADER = (
@@ -267,6 +269,44 @@ def test_minirocket_against_plain_convolutions():
     assert column == found.shape[1] == 336
 
 
+# --- the task ---
+
+
+def test_noise_is_for_training_alone_and_leaves_padding(tmp_path):
+    from attn_timeseries.classification.task import ClassifyTask
+    from attn_timeseries.cli import APP
+
+    def task(noise: float) -> ClassifyTask:
+        torch.manual_seed(0)
+        model = FlowformerConfig(d_model=8, d_ff=8, n_heads=2, dropout=0.0)
+        return ClassifyTask(
+            RunConfig(
+                app=APP.name,
+                model="flowformer",
+                model_args=model,
+                data="toy",
+                data_args=ClassifyDataConfig(),
+                task_args=ClassifyTaskConfig(noise=noise, padding="official"),
+            ),
+            state,
+        )
+
+    ts(tmp_path / "a_TRAIN.ts")
+    ts(tmp_path / "a_TEST.ts", seed=4)
+    splits = read_splits(str(tmp_path), ClassifyDataConfig(), seed=0)
+    state = fit_state("toy", splits, ClassifyDataConfig())
+    batch = SeriesSet(splits.train, state).__getitems__(range(4))
+    quiet, noisy = task(0.0), task(0.5)
+    assert torch.equal(quiet.forward_batch(batch), noisy.forward_batch(batch))
+    assert quiet.training_loss(batch) == quiet.training_loss(batch)
+    assert noisy.training_loss(batch) != noisy.training_loss(batch)
+    seen: list[torch.Tensor] = []
+    noisy.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    noisy.training_loss(batch)
+    assert (seen[0][~batch["mask"]] == 0).all()
+    assert (seen[0][batch["mask"]] != batch["x"][batch["mask"]]).all()
+
+
 # --- the command line ---
 
 SHORT = [
@@ -291,7 +331,7 @@ def test_train_eval_predict_ts(tmp_path, capsys):
     assert (run / "report.html").stat().st_size > 10_000
 
     assert main(["eval", str(run)]) == 0
-    assert f"{test['accuracy']:.4f}"[:5] in capsys.readouterr().out
+    assert f"{test['log_loss']:.4f}"[:5] in capsys.readouterr().out
 
     # Another file under the statistics of training is a test set as a whole.
     other = ts(tmp_path / "other.ts", seed=7, each=3)

@@ -64,16 +64,20 @@ class ClassifyTaskConfig:
         readout: what the output layer reads: "flatten" = the tokens of all steps side by side, as in the official code;
             "mean" = their mean over the steps that are there.
         label_smoothing: share of the target spread over all classes.
+        noise: standard deviation of normal noise added to the scaled training series, anew each time; 0 = none.
     """
 
     positions: Literal["learnable", "fixed"] = "learnable"
     padding: Literal["mask", "official"] = "mask"
     readout: Literal["flatten", "mean"] = "flatten"
     label_smoothing: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing:g}")
+        if not 0 <= self.noise < float("inf"):
+            raise ValueError(f"noise must be 0 or more, got {self.noise:g}")
 
 
 FILE_FORMATS = (

@@ -17,7 +17,7 @@ from attn_shared.errors import UserError
 from attn_shared.task import DataBundle, Picture, Task
 from attn_timeseries.classification import baselines as simple
 from attn_timeseries.classification import metrics
-from attn_timeseries.classification.cards import DATASETS, NAME, ClassifyDataConfig
+from attn_timeseries.classification.cards import DATASETS, NAME, ClassifyDataConfig, ClassifyTaskConfig
 from attn_timeseries.classification.data import SeriesSet, Splits, check_channels, fit_state, read_splits
 from attn_timeseries.classification.metrics import Predictions
 from attn_timeseries.config import MODELS
@@ -92,8 +92,11 @@ class ClassifyTask(Task):
         return logits
 
     def training_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        smoothing = self.config.task_args.label_smoothing
-        return F.cross_entropy(self.forward_batch(batch), batch["y"], label_smoothing=smoothing)
+        args: ClassifyTaskConfig = self.config.task_args
+        if args.noise:
+            noise = args.noise * torch.randn_like(batch["x"])
+            batch = {**batch, "x": batch["x"] + noise * batch["mask"].unsqueeze(-1)}
+        return F.cross_entropy(self.forward_batch(batch), batch["y"], label_smoothing=args.label_smoothing)
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
