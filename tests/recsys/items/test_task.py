@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from attn_recsys.cli import APP, main
 from attn_recsys.items.task import ItemsTask
@@ -127,3 +129,13 @@ def test_help_imports_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_a_resumed_run_equals_one_without_a_break(train: Callable[..., Path]) -> None:
+    """Stopped within an epoch: negatives, triples, attention and weights go on as if nothing had happened."""
+    argv = ["--model", "kgat", "--data", "synthetic", "--trainer.batch_size", "512", "--trainer.max_epochs", "2"]
+    whole, broken = train(*argv), train(*argv, "--trainer.max_steps", "7")
+    trainer.train(APP, trainer.resume_config(APP, broken, {"trainer.max_steps": "null"}), resume=broken)
+    first, second = (load_file(run / "checkpoints" / "last" / "model.safetensors") for run in (whole, broken))
+    assert results(whole)["steps"] == results(broken)["steps"] == 10
+    assert all(torch.equal(first[name], second[name]) for name in first)
