@@ -55,3 +55,19 @@ def test_sttn_on_pemsd7(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         name = f"mae_{minutes}min"
         assert test[name] <= (1 - better) * rows["naive"][name]
         assert test[name] < rows["time_of_day"][name]
+
+
+@pytest.mark.parametrize("data", ["ili", "exchange", "etth1"])
+def test_ninety_per_cent_intervals_hold_ninety_per_cent(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model", "dlinear", "--data", data, "--trainer.threads", "1"]
+    assert main([*words, "--task_args.loss", "quantile", "--task_args.calibrate", "adaptive"]) == 0
+    run = Path(capsys.readouterr().out.split()[-1])
+    results = json.loads((run / "metrics.json").read_text())
+    test = results["splits"]["test"]
+    assert 0.88 <= test["coverage"] <= 0.92
+    seasonal = next(row for row in results["baselines"] if row["model"] == "seasonal_naive")
+    if data != "ili":  # whose seasonal intervals are narrower, and hold too little
+        assert test["interval_score"] < seasonal["interval_score"]
