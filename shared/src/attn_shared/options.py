@@ -321,8 +321,8 @@ def resolve(
     if base is not None:
         layers.append(("the saved configuration", base))
     elif choice == "auto":
-        name, given = preset(app, model, data, kind)
-        layers.append((f"preset {name}", given))
+        name, usual = preset(app, model, data, kind)
+        layers.append((f"preset {name}", usual))
     if from_file:
         layers.append((str(where), from_file))
 

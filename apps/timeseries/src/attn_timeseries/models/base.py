@@ -5,7 +5,7 @@ Shapes: B batch, L = seq_len look-back, S = label_len + pred_len decoder tokens,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -96,8 +96,9 @@ class ForecastModel(nn.Module):
                 f"takes look-backs of that length only"
             )
         for module in self.modules():
-            if module is not self and hasattr(module, "allow_lengths"):
-                module.allow_lengths(longest)
+            allow: Callable[[int], None] | None = getattr(module, "allow_lengths", None)
+            if module is not self and allow is not None:
+                allow(longest)
         self.longest = longest
 
     def forward(self, x: Tensor, x_mark: Tensor, y_mark: Tensor) -> Tensor:
