@@ -301,8 +301,8 @@ def resolve(
     given = {k: v for k, v in parsed.options if k in ("model", "data", "kind")}
     named = {**(base or {}), **from_file, **given}
     # A saved kind holds for the saved data; other data may be for another one.
-    for layer in (from_file, given):
-        if "data" in layer and "kind" not in layer:
+    for said in (from_file, given):
+        if "data" in said and "kind" not in said:
             named.pop("kind", None)
     if "data" in from_file or "data" in given:  # the file that a saved model was trained on may be gone
         check_data_name(app, str(named["data"]))
