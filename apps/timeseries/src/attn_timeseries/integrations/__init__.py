@@ -1,0 +1,1 @@
+"""Other libraries' data and models, and ours in theirs. Each module needs its library, which is an optional extra."""
