@@ -217,7 +217,7 @@ def test_unknown_and_unfit_mixers_are_refused(monkeypatch):
     causal_only = dataclasses.replace(flow.info, patterns=frozenset({core_attn.Pattern.CAUSAL_SELF}))
     monkeypatch.setattr(flow, "info", causal_only)
     with pytest.raises(ValueError, match=r"flow cannot compute noncausal self attention.*auto_correlation.*softmax"):
-        build("transformer", mixer="flow")
+        build("itransformer", mixer="flow")  # its tokens are variates, in no order of time
 
 
 @pytest.mark.parametrize("name", [name for name in FORECASTERS if name not in ATTENTION])
