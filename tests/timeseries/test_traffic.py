@@ -385,7 +385,7 @@ def test_pictures(tmp_path: Path) -> None:
     task = TrafficTask(run, bundle.state)
     evaluate_split(task, bundle, "test", run)
     pictures = {picture.name: picture for picture in task.pictures(bundle)}
-    assert {"forecasts", "worst", "ahead", "attention"} <= set(pictures)
+    assert {"forecasts", "worst", "ahead", "sensors"} <= set(pictures)
     assert len(pictures["ahead"].figure.axes[0].lines) == 4
     attention = task.sensor_attention(bundle.test)
     assert attention is not None

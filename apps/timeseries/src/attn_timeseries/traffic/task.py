@@ -163,7 +163,7 @@ class TrafficTask(ForecastTask):
         attention = self.sensor_attention(bundle.test)
         if attention is not None and self.shape.graph is not None:
             yield Picture(
-                name="attention",
+                name="sensors",
                 caption="Which sensor (column) each sensor (row) reads, mean over test windows, steps and heads, "
                 "beside the graph; and the attention by the weight of the edge.",
                 figure=attention_and_graph(attention, self.shape.graph.numpy()),
