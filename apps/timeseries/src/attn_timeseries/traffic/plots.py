@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from attn_timeseries.plots import COLOURS, FORECAST, _tidy
 
-_BINS = 6
+_BINS = 4
 
 
 def ahead_curves(curves: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
@@ -45,7 +45,7 @@ def attention_and_graph(attention: np.ndarray, graph: np.ndarray) -> Figure:
     names, groups = by_weight(attention, graph)
     right.boxplot(groups, widths=0.6, showfliers=False, medianprops={"color": FORECAST})
     right.axhline(1 / len(attention), color="#7c8b9a", linewidth=0.8, linestyle=":")
-    right.set_xticks(range(1, len(names) + 1), names, fontsize=7)
+    right.set_xticks(range(1, len(names) + 1), names, rotation=30)
     right.set_xlabel("weight of the edge (dotted: even attention)", fontsize=8)
     right.set_ylabel("attention", fontsize=8)
     _tidy(right)
