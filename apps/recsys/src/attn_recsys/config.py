@@ -79,6 +79,70 @@ class KGATConfig:
     start_l2: float = 1e-2
 
 
+@dataclass(kw_only=True)
+class DINConfig:
+    """DIN.
+
+    Attributes:
+        embed_dim: numbers of a name's vector.
+        attention_hidden: widths of the unit that weighs an earlier item.
+        attention_softmax: weights of earlier items sum to one, as in the authors' code; the paper leaves them as they
+            are.
+        hidden: widths of the tower over everything.
+        activation: of the unit and the tower; dice is the paper's.
+        dropout: in the tower.
+    """
+
+    embed_dim: int = 16
+    attention_hidden: tuple[int, ...] = (64, 16)
+    attention_softmax: bool = False
+    hidden: tuple[int, ...] = (200, 80)
+    activation: Literal["dice", "prelu", "relu"] = "dice"
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class MoEConfig:
+    """A plain mixture of experts over what AW-MoE reads.
+
+    Attributes:
+        embed_dim: numbers of a name's vector.
+        input_hidden: width of the layer over the item, over earlier items and over the rest.
+        attention_hidden: widths of the unit that weighs an earlier item.
+        attention_softmax: weights of earlier items sum to one.
+        experts: number of experts.
+        hidden: widths of an expert's layers.
+        gate_hidden: widths of the gate's layers; of AW-MoE's gate unit and activation unit.
+        dropout: in the experts.
+    """
+
+    embed_dim: int = 16
+    input_hidden: int = 64
+    attention_hidden: tuple[int, ...] = (32,)
+    attention_softmax: bool = False
+    experts: int = 4
+    hidden: tuple[int, ...] = (64, 32)
+    gate_hidden: tuple[int, ...] = (32,)
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class AWMoEConfig(MoEConfig):
+    """AW-MoE (S10).
+
+    Attributes:
+        contrast: weight of InfoNCE between the gates of the whole and of the masked behaviour; 0 = without.
+        mask: probability that an earlier item is hidden for it.
+        temperature: of InfoNCE.
+        negatives: rows of the batch that each row is told from.
+    """
+
+    contrast: float = 0.05
+    mask: float = 0.3
+    temperature: float = 0.2
+    negatives: int = 128
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -111,6 +175,37 @@ MODELS: dict[str, ModelCard] = {
             config=BPRMFConfig,
             kinds=("items",),
             note="a vector a user and an item; no graph",
+        ),
+        ModelCard(
+            name="awmoe",
+            title="Attention Weighted Mixture of Experts with Contrastive Learning for Personalized Ranking in "
+            "E-commerce",
+            source="S10",
+            year=2023,
+            target="attn_recsys.models.awmoe:AWMoE",
+            config=AWMoEConfig,
+            kinds=("clicks",),
+            note="each earlier item of the user votes for experts; needs behaviour",
+        ),
+        ModelCard(
+            name="din",
+            title="Deep Interest Network for Click-Through Rate Prediction",
+            source="Zhou et al. 2018",
+            year=2018,
+            target="attn_recsys.models.din:DIN",
+            config=DINConfig,
+            kinds=("clicks",),
+            note="earlier items weighed by what is scored; needs behaviour",
+        ),
+        ModelCard(
+            name="moe",
+            title="Adaptive Mixtures of Local Experts",
+            source="Jacobs et al. 1991",
+            year=1991,
+            target="attn_recsys.models.moe:MoE",
+            config=MoEConfig,
+            kinds=("clicks",),
+            note="AW-MoE with a plain gate; needs behaviour",
         ),
     )
 }
