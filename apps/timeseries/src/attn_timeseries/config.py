@@ -286,7 +286,8 @@ class UTDEConfig:
         embed_time: width of an embedded time.
         time_heads: heads of learned time attention; divides embed_time.
         kernel_size: steps that the convolution over the imputed grid reads; odd.
-        gate: the gate weighs time attention against imputation once a "stay", a "step", or for each "channel" of a step.
+        gate: the gate weighs time attention against imputation once a "stay", a "step", or for each "channel" of
+            a step.
         series: embedding of the series: "utde" = both, mixed by the gate; "imputation" or "mtand" = that one alone.
         hide_missingness: a control: both embeddings get the imputed grid, as if everything had been observed.
         dropout: probability, of attention weights too.
@@ -498,8 +499,8 @@ MODELS: dict[str, ModelCard] = {
             mixer="softmax",
             mixer_patterns=_SELF,
             kinds=("records",),
-            note="irregular series and notes: a gate mixes imputation and time attention; the mixer is in self- and, where it can, "
-            "cross-attention",
+            note="irregular series and notes: a gate mixes imputation and time attention; the mixer is in self- and, where "
+            "it can, cross-attention",
         ),
         ModelCard(
             name="utde_blind",
