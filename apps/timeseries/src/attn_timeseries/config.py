@@ -499,8 +499,8 @@ MODELS: dict[str, ModelCard] = {
             mixer="softmax",
             mixer_patterns=_SELF,
             kinds=("records",),
-            note="irregular series and notes: a gate mixes imputation and time attention; the mixer is in self-attention, "
-            "and in cross-attention where it can",
+            note="irregular series and notes: a gate mixes imputation and time attention; the mixer is in self-, "
+            "and where it can in cross-attention",
         ),
         ModelCard(
             name="utde_blind",
