@@ -130,6 +130,18 @@ def test_a_file_is_of_the_kind_its_name_says_or_the_user(app: App, tmp_path: Pat
     assert _resolve(app, "--data", str(tmp_path / "a.csv"), "--kind", "second").kind == "second"
 
 
+def test_a_file_is_taken_for_what_the_model_does_where_that_kind_reads_it(app: App, tmp_path: Path) -> None:
+    for name in ("a.csv", "a.second.csv", "a.xyz"):
+        (tmp_path / name).write_text("1,2,3,4,5\n")
+    assert _resolve(app, "--data", str(tmp_path / "a.csv"), "--model", "mixing").kind == "second"
+    assert _resolve(app, "--data", str(tmp_path / "a.second.csv"), "--model", "mean").kind == "first"
+    picky = tuple(dataclasses.replace(kind, file_suffixes=(".xyz",)) for kind in app.kinds)
+    app = dataclasses.replace(app, kinds=picky, file_suffixes=(".csv", ".xyz"))
+    assert _resolve(app, "--data", str(tmp_path / "a.xyz"), "--model", "mixing").kind == "second"
+    with pytest.raises(UserError, match="mean is no model to fit the second sort"):
+        _resolve(app, "--data", str(tmp_path / "a.second.csv"), "--model", "mean")
+
+
 def test_saved_and_overridden(app: App, tmp_path: Path) -> None:
     from attn_shared.config import config_to_dict
 

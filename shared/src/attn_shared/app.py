@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from attn_shared.config import OptimConfig, TrainerConfig
@@ -120,6 +121,7 @@ class Kind:
         task_config: dataclass of further options of the task, such as its loss: the type of `task_args`; None = none.
         default_model, default_data: what is taken where the command line names none.
         predict_options: dataclass of options of `predict`; its fields reach `Task.predict_files`.
+        file_suffixes: suffixes of files of the user's own that the kind can read; empty = any file or folder.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Kind:
     default_data: str
     task_config: type | None = None
     predict_options: type | None = None
+    file_suffixes: tuple[str, ...] = ()
     trainer_defaults: Callable[[], TrainerConfig] = TrainerConfig
     optim_defaults: Callable[[], OptimConfig] = OptimConfig
 
@@ -231,8 +234,10 @@ class App:
         else:
             chosen = self.kind(data, kind)
             if kind is None and model and data not in self.datasets and not self.does(model, chosen):
-                # A file may suit several kinds: it is taken for what the model does.
-                chosen = self.kind(data, (self.model(model).kinds or (self.kinds[0].name,))[0])
+                # A file may suit several kinds: it is taken for what the model does, where that kind can read it.
+                other = self.kind(data, (self.model(model).kinds or (self.kinds[0].name,))[0])
+                if not other.file_suffixes or Path(data).suffix.lower() in other.file_suffixes:
+                    chosen = other
         model = model or chosen.default_model
         if not self.does(model, chosen):
             able = ", ".join(name for name in self.models if self.does(name, chosen))

@@ -21,6 +21,7 @@ KINDS = (
         default_model="patchtst",
         default_data="co2",
         predict_options=ForecastPredictOptions,
+        file_suffixes=FILE_SUFFIXES,
     ),
     traffic.KIND,
     classification.KIND,

@@ -159,6 +159,7 @@ KIND = Kind(
     predict_options=RecordsPredictConfig,
     default_model="utde",
     default_data="synthetic_records",
+    file_suffixes=("", ".csv", ".tsv", ".txt"),
     trainer_defaults=trainer_defaults,
     optim_defaults=optim_defaults,
 )
