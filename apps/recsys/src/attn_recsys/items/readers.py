@@ -52,18 +52,18 @@ def read_table(path: Path, args: ItemsDataConfig) -> pd.DataFrame:
     cells = read_cells(path, delimiter=args.delimiter, text_columns=text, only=None, max_columns=_MOST_COLUMNS)
     found: dict[str, pd.Series] = {}
     for role, given, names in (("user", args.user_column, ROLES["user"]), ("item", args.item_column, ROLES["item"])):
-        column = _column(cells, given, names, role, needed=True)
+        column = find_column(cells, given, names, role, needed=True)
         assert column is not None
-        found[role] = _names(cells.frame[column])
-    column = _column(cells, args.time_column, ROLES["time"], "time")
+        found[role] = read_names(cells.frame[column])
+    column = find_column(cells, args.time_column, ROLES["time"], "time")
     if column is not None:
-        found["time"] = _times(cells, column)
-    column = _column(cells, args.rating_column, ROLES["rating"], "rating")
+        found["time"] = read_times(cells, column)
+    column = find_column(cells, args.rating_column, ROLES["rating"], "rating")
     if column is not None:
-        found["rating"] = _numbers(cells, column)
-    column = _column(cells, None, ROLES["label"], "label")
+        found["rating"] = read_numbers(cells, column)
+    column = find_column(cells, None, ROLES["label"], "label")
     if column is not None:
-        found["label"] = _numbers(cells, column)
+        found["label"] = read_numbers(cells, column)
     frame = pd.DataFrame(found)
     frame.attrs["notes"] = [f"{path.name}: {note}" for note in cells.notes]
     return frame
@@ -85,7 +85,7 @@ def read_links(path: Path, delimiter: str | None = None) -> dict[str, str]:
 def _named(path: Path, delimiter: str | None, roles: Mapping[str, Sequence[str]], what: str) -> pd.DataFrame:
     text = _text_columns(path, set())
     cells = read_cells(path, delimiter=delimiter, text_columns=text, only=None, max_columns=_MOST_COLUMNS)
-    found = {role: _names(cells.frame[_needed(cells, names, role)]) for role, names in roles.items()}
+    found = {role: read_names(cells.frame[_needed(cells, names, role)]) for role, names in roles.items()}
     frame = pd.DataFrame(found)
     bad = frame.isna().any(axis=1).to_numpy()
     if bad.any():
@@ -99,25 +99,29 @@ def _text_columns(path: Path, named: set[str]) -> set[str]:
 
 
 def _needed(cells: Cells, names: Sequence[str], role: str) -> str:
-    column = _column(cells, None, names, role)
+    column = find_column(cells, None, names, role)
     if column is None:
         raise UserError(
-            f"{cells.source} has no column {role!r}; its first line must name the columns: it reads {_list(cells)}"
+            f"{cells.source} has no column {role!r}; its first line must name the columns: it reads "
+            f"{list_columns(cells)}"
         )
     return column
 
 
-def _list(cells: Cells) -> str:
+def list_columns(cells: Cells) -> str:
+    """The columns' names, for messages."""
     names = list(cells.frame.columns)
     return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
 
 
-def _column(cells: Cells, given: str | None, names: Sequence[str], role: str, *, needed: bool = False) -> str | None:
+def find_column(
+    cells: Cells, given: str | None, names: Sequence[str], role: str, *, needed: bool = False
+) -> str | None:
     columns = list(cells.frame.columns)
     if given is not None:
         if given in columns:
             return given
-        raise UserError(f"{cells.source} has no column {given!r}; its columns are {_list(cells)}")
+        raise UserError(f"{cells.source} has no column {given!r}; its columns are {list_columns(cells)}")
     for name in names:
         for column in columns:
             if plain(column) == name:
@@ -125,12 +129,12 @@ def _column(cells: Cells, given: str | None, names: Sequence[str], role: str, *,
     if needed:
         raise UserError(
             f"{cells.source} has no column that is known to hold the {role}s; name it with "
-            f"--data_args.{role}_column, one of {_list(cells)}"
+            f"--data_args.{role}_column, one of {list_columns(cells)}"
         )
     return None
 
 
-def _names(column: pd.Series) -> pd.Series:
+def read_names(column: pd.Series) -> pd.Series:
     """Names as text; whole numbers without decimals; missing ones stay so."""
     if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
         column = column.astype("Int64")
@@ -139,7 +143,8 @@ def _names(column: pd.Series) -> pd.Series:
     return pd.Series(made, dtype="object")
 
 
-def _numbers(cells: Cells, column: str) -> pd.Series:
+def read_numbers(cells: Cells, column: str) -> pd.Series:
+    """A column of numbers, missing ones NaN."""
     values = cells.numbers(cells.frame[column]).astype(float).reset_index(drop=True)
     bad = values.isna() & cells.frame[column].notna().reset_index(drop=True)
     if bad.any():
@@ -148,7 +153,8 @@ def _numbers(cells: Cells, column: str) -> pd.Series:
     return values
 
 
-def _times(cells: Cells, column: str) -> pd.Series:
+def read_times(cells: Cells, column: str) -> pd.Series:
+    """A column of times in seconds, or in the numbers that stand there; none missing."""
     raw = cells.frame[column].reset_index(drop=True)
     if pd.api.types.is_datetime64_any_dtype(raw):
         found = raw
