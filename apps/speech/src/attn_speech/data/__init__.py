@@ -1,0 +1,1 @@
+"""Speech, mixtures and rooms: from files to batches."""
