@@ -188,17 +188,6 @@ def test_negatives_follow_from_seed_epoch_and_index(corpus: Corpus) -> None:
     assert abs(np.corrcoef(chance[:-1, 0], chance[1:, 0])[0, 1]) < 0.03
 
 
-def test_corrupt_tails(corpus: Corpus) -> None:
-    made = prepare(corpus, ItemsDataConfig(), TASK)
-    assert made.graph is not None
-    true = set(zip(made.graph.head, made.graph.relation, made.graph.tail))
-    for epoch in range(5):
-        made.train_set.set_epoch(0, epoch)
-        batch = made.train_set.__getitems__(range(len(made.train_set)))
-        assert set(zip(*(batch[name].tolist() for name in ("head", "relation", "tail")))) <= true
-        assert not set(zip(*(batch[name].tolist() for name in ("head", "relation", "corrupt")))) & true
-
-
 def test_users_with_every_item_or_none(corpus: Corpus) -> None:
     """User 0 has all 25 items in training here; user 1 has none there."""
     data = corpus.interactions

@@ -111,9 +111,9 @@ class Pairs:
         )
 
 
-def draws(seed: int, epoch: int, index: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
+def draws(seed: int, epoch: int, index: np.ndarray, count: int) -> np.ndarray:
     """(B, count) numbers uniform in [0, 1) that follow from seed, epoch and index alone (SplitMix64)."""
-    base = np.uint64(derive(seed, "draws", epoch, stream))
+    base = np.uint64(derive(seed, "draws", epoch))
     with np.errstate(over="ignore"):
         z: Any = base + (
             index.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
@@ -128,33 +128,20 @@ def draws(seed: int, epoch: int, index: np.ndarray, count: int, stream: int = 0)
 
 
 class TrainSet(Dataset[dict[str, Tensor]]):
-    """Training interactions with drawn negatives and, with a knowledge graph, as many triples.
+    """Training interactions with drawn negatives.
 
     A batch is what `ItemModel.loss` takes. Negatives are uniform over the items that the user does not have in
-    training, corrupt tails uniform over the entities that are no tail of the head under the relation; both follow from
-    seed, epoch and index, so neither batches nor processes change them. Users who have every item have no negative and
-    head-relation pairs with every entity no corrupt tail: those rows are left out.
+    training; they follow from seed, epoch and index, so neither batches nor processes change them. Users who have every
+    item have no negative: their rows are left out.
     """
 
-    def __init__(self, train: Pairs, graph: KnowledgeGraph | None, negatives: int) -> None:
+    def __init__(self, train: Pairs, negatives: int) -> None:
         if negatives < 1:
             raise UserError(f"--task_args.negatives must be 1 or more, got {negatives}")
         self.pairs, self.negatives = train, negatives
         self.free = train.size - train.counts()
         self.rows = np.flatnonzero(self.free[train.owner] > 0)
         self.seed, self.epoch = 0, 0
-        self.triples: np.ndarray | None = None
-        if graph is not None and len(graph.head):
-            entities = len(graph.entities)
-            group = graph.head * max(1, len(graph.relations)) + graph.relation
-            _, owner = np.unique(group, return_inverse=True)
-            owner = owner.reshape(-1)
-            self.tails = Pairs(owner, graph.tail, int(owner.max()) + 1, entities)
-            self.free_tails = entities - self.tails.counts()
-            usable = self.free_tails[owner] > 0
-            self.group = owner[usable]
-            if usable.any():
-                self.triples = np.stack([graph.head, graph.relation, graph.tail], axis=1)[usable]
 
     def set_epoch(self, seed: int, epoch: int) -> None:
         self.seed, self.epoch = seed, epoch
@@ -176,13 +163,6 @@ class TrainSet(Dataset[dict[str, Tensor]]):
             "positive": self.pairs.number[rows],
             "negative": self.pairs.others(np.broadcast_to(user[:, None], place.shape), place),
         }
-        if self.triples is not None:
-            chance = draws(self.seed, self.epoch, index, 2, stream=1)
-            chosen = (chance[:, 0] * len(self.triples)).astype(np.int64)
-            group = self.group[chosen]
-            head, relation, tail = self.triples[chosen].T
-            place = (chance[:, 1] * self.free_tails[group]).astype(np.int64)
-            batch |= {"head": head, "relation": relation, "tail": tail, "corrupt": self.tails.others(group, place)}
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
 
@@ -299,7 +279,7 @@ def prepare(
                 f"{made.unknown:,} users of {name} have no training interaction; they are not scored, as nothing but "
                 "popularity could be recommended to them"
             )
-    train_set = TrainSet(train, graph, task.negatives)
+    train_set = TrainSet(train, task.negatives)
     if len(train_set) < len(train):
         notes.append(
             f"{len(train) - len(train_set):,} training interactions belong to users who have every item; nothing can "

@@ -69,8 +69,8 @@ class ItemModel(nn.Module):
         """Mean training loss.
 
         Args:
-            batch: `user` (B,), `positive` (B,), `negative` (B, negatives), and, with a knowledge graph, as many triples
-                drawn for it: `head`, `relation`, `tail`, `corrupt` (B,), the last no tail of the pair.
+            batch: `user` (B,), `positive` (B,), `negative` (B, negatives). What a model needs of the graph beside it
+                draws itself.
             step: optimiser step, from 0.
         """
         raise NotImplementedError
