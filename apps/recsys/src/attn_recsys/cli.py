@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attn_recsys.clicks import cards as clicks
 from attn_recsys.clicks.options import ClicksDataConfig, ClicksTaskConfig
 from attn_recsys.config import MODELS
 from attn_recsys.items import cards as items
@@ -17,6 +18,14 @@ def _items_trainer() -> TrainerConfig:
 
 
 def _items_optim() -> OptimConfig:
+    return OptimConfig(lr=1e-3, schedule="constant")
+
+
+def _clicks_trainer() -> TrainerConfig:
+    return TrainerConfig(max_epochs=30, batch_size=256, eval_batch_size=2048, patience=3, log_every=50)
+
+
+def _clicks_optim() -> OptimConfig:
     return OptimConfig(lr=1e-3, schedule="constant")
 
 
@@ -41,9 +50,11 @@ KINDS = (
         task_config=ClicksTaskConfig,
         default_model="hiformer",
         default_data="synthetic_clicks",
+        trainer_defaults=_clicks_trainer,
+        optim_defaults=_clicks_optim,
     ),
 )
-DATASETS: dict[str, DataCard] = {**items.DATASETS}
+DATASETS: dict[str, DataCard] = {**items.DATASETS, **clicks.DATASETS}
 
 APP = App(
     name="recsys",
@@ -53,7 +64,7 @@ APP = App(
     datasets=DATASETS,
     kinds=KINDS,
     kind_of_file="attn_recsys.cli:kind_of_file",
-    file_formats=items.FILE_FORMATS,
+    file_formats=f"{items.FILE_FORMATS} {clicks.FILE_FORMATS}",
     file_suffixes=items.FILE_SUFFIXES,
     check_file="attn_recsys.cli:check_file",
     commands={

@@ -143,6 +143,96 @@ class AWMoEConfig(MoEConfig):
     negatives: int = 128
 
 
+@dataclass(kw_only=True)
+class LogisticConfig:
+    """Logistic regression.
+
+    Attributes:
+        l2: weight of half the squared weights.
+    """
+
+    l2: float = 1e-5
+
+
+@dataclass(kw_only=True)
+class FMConfig:
+    """FM.
+
+    Attributes:
+        embed_dim: numbers of a name's vector.
+    """
+
+    embed_dim: int = 16
+
+
+@dataclass(kw_only=True)
+class DCNv2Config:
+    """DCN-v2, cross layers and a tower side by side.
+
+    Attributes:
+        embed_dim: numbers of a name's vector.
+        layers: cross layers.
+        rank: of a cross layer's matrix; 0 = full.
+        hidden: widths of the tower; empty = none.
+        dropout: in the tower.
+    """
+
+    embed_dim: int = 16
+    layers: int = 2
+    rank: int = 0
+    hidden: tuple[int, ...] = (128, 64)
+    dropout: float = 0.2
+
+
+@dataclass(kw_only=True)
+class AutoIntConfig:
+    """AutoInt, the control of Hiformer.
+
+    Attributes:
+        embed_dim: numbers of a field's vector, which heads divide.
+        heads: of attention.
+        layers: of attention.
+        scale: divide scores by the root of a head's width; the paper does not.
+        hidden: widths of a tower beside it, whose log odds are added (AutoInt+); empty = none.
+        dropout: of fields' vectors and in the tower.
+    """
+
+    embed_dim: int = 16
+    heads: int = 2
+    layers: int = 3
+    scale: bool = False
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class HiformerConfig:
+    """Hiformer (S9).
+
+    Attributes:
+        embed_dim: numbers of a field's vector, which heads divide.
+        heads: of attention.
+        layers: of attention.
+        projection: how queries, keys and values are made: "composite" = each from all fields together, Hiformer;
+            "heterogeneous" = each from its own field by a matrix of that field; "shared" = one matrix, a Transformer.
+        rank: of the composite matrices; 0 = full.
+        pruned: compute in the last layer only what the task token reads; the result is the same.
+        numeric_tokens: vectors that all numbers together are turned into; 0 = one of each number's own.
+        ffn_factor: width of a feed-forward layer over that of a vector.
+        dropout: of what attention and feed-forward layers add.
+    """
+
+    embed_dim: int = 16
+    heads: int = 2
+    layers: int = 1
+    projection: Literal["composite", "heterogeneous", "shared"] = "composite"
+    rank: int = 32
+    pruned: bool = True
+    numeric_tokens: int = 0
+    ffn_factor: int = 4
+    dropout: float = 0.1
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -175,6 +265,60 @@ MODELS: dict[str, ModelCard] = {
             config=BPRMFConfig,
             kinds=("items",),
             note="a vector a user and an item; no graph",
+        ),
+        ModelCard(
+            name="hiformer",
+            title="Hiformer: Heterogeneous Feature Interactions Learning with Transformers for Recommender Systems",
+            source="S9",
+            year=2023,
+            target="attn_recsys.models.hiformer:Hiformer",
+            config=HiformerConfig,
+            mixer="softmax",
+            mixer_patterns=("noncausal_self",),
+            kinds=("clicks",),
+            note="fields attend to fields, queries, keys and values of each made from all",
+        ),
+        ModelCard(
+            name="autoint",
+            title="AutoInt: Automatic Feature Interaction Learning via Self-Attentive Neural Networks",
+            source="Song et al. 2019",
+            year=2019,
+            target="attn_recsys.models.autoint:AutoInt",
+            config=AutoIntConfig,
+            mixer="softmax",
+            mixer_patterns=("noncausal_self",),
+            kinds=("clicks",),
+            note="fields attend to fields by the same matrices; the control of Hiformer",
+        ),
+        ModelCard(
+            name="dcnv2",
+            title="DCN V2: Improved Deep & Cross Network and Practical Lessons for Web-scale Learning to Rank Systems",
+            source="Wang et al. 2021",
+            year=2021,
+            target="attn_recsys.models.dcn:DCNv2",
+            config=DCNv2Config,
+            kinds=("clicks",),
+            note="layers that multiply; no attention",
+        ),
+        ModelCard(
+            name="fm",
+            title="Factorization Machines",
+            source="Rendle 2010",
+            year=2010,
+            target="attn_recsys.models.fm:FM",
+            config=FMConfig,
+            kinds=("clicks",),
+            note="names in pairs; no attention",
+        ),
+        ModelCard(
+            name="logistic",
+            title="Logistic regression",
+            source="",
+            year=0,
+            target="attn_recsys.models.logistic:LogisticRegression",
+            config=LogisticConfig,
+            kinds=("clicks",),
+            note="a weight a name; no pairs",
         ),
         ModelCard(
             name="awmoe",
