@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attn_recsys.config import AWMoEConfig, DINConfig, MoEConfig
-from attn_recsys.models.awmoe import AWMoE, hide, info_nce
+from attn_recsys.models.awmoe import AWMoE, info_nce, kept
 from attn_recsys.models.behaviour import PairUnit
 from attn_recsys.models.clicks import ClickModel, ClicksShape, Vocabulary
 from attn_recsys.models.din import DIN
@@ -174,7 +174,7 @@ def test_contrast_trains_the_gate_alone() -> None:
     model, batch = make(AWMoE, torch.float64, contrast=1.0, mask=0.5), make_batch(torch.float64)
     x, _ = model.read(batch)
     scores, votes = model.votes(x)
-    gate = model.gate(scores, votes, x.there)
+    gate = model.gate(x, scores, votes, x.there)
     assert gate.shape == (6, 4)
     with_it, without = (make(AWMoE, torch.float64, contrast=c, mask=0.5) for c in (1.0, 0.0))
     torch.manual_seed(3)
@@ -189,23 +189,19 @@ def test_contrast_trains_the_gate_alone() -> None:
             assert not same, name
 
 
-def test_hide() -> None:
+def test_hiding() -> None:
     torch.manual_seed(0)
-    there = torch.rand(4000, 12) < 0.7
-    there[:10] = False
-    kept = hide(there, 0.4)
-    assert not (kept & ~there).any()
-    assert torch.equal(kept.any(1), there.any(1))
+    counts = torch.randint(0, 12, (4000,))
+    row = torch.arange(4000).repeat_interleave(counts)
+    keep = kept(row, 4000, 0.4)
+    assert torch.equal(torch.bincount(row[keep], minlength=4000) > 0, counts > 0)
     # Where many are there, the least-one rule hardly matters.
-    many = there.sum(1) >= 8
-    share = float(kept[many].sum() / there[many].sum())
-    assert abs(share - 0.6) < 4 * math.sqrt(0.24 / int(there[many].sum()))
-    assert torch.equal(hide(there, 0.0), there)
-    one = hide(there, 0.999999999)
-    last = there.shape[1] - 1 - there.flip(1).float().argmax(1)
-    rows = there.any(1)
-    assert torch.equal(one[rows].sum(1), torch.ones_like(last[rows]))
-    assert one[rows, last[rows]].all()
+    many = counts[row] >= 8
+    assert abs(float(keep[many].float().mean()) - 0.6) < 4 * math.sqrt(0.24 / int(many.sum()))
+    assert kept(row, 4000, 0.0).all()
+    last = torch.cat([row[1:] != row[:-1], torch.tensor([True])])
+    assert torch.equal(kept(row, 4000, 0.9999999999), last)
+    assert not len(kept(row[:0], 3, 0.5))
 
 
 @pytest.mark.parametrize("kind", [AWMoE, MoE, DIN])

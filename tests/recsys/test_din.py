@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from attn_recsys.config import DINConfig
-from attn_recsys.models.behaviour import BehaviourInput, Dice, attention_weights
+from attn_recsys.models.behaviour import BehaviourInput, Dice, Inputs
 from attn_recsys.models.clicks import ClicksShape, Vocabulary
 from attn_recsys.models.din import DIN
 
@@ -134,12 +134,21 @@ def test_dice_of_one_row() -> None:
 
 
 def test_weights() -> None:
-    scores, there = torch.randn(4, 6), torch.rand(4, 6) > 0.4
+    torch.manual_seed(0)
+    there = torch.rand(4, 6) > 0.4
     there[0] = False
-    soft = attention_weights(scores * 100, there, True)
-    assert torch.allclose(soft.sum(1), there.any(1).float())
-    assert not soft[~there].any()
-    assert torch.equal(attention_weights(scores, there, False), scores * there)
+    scores = torch.randn(4, 6) * 100
+    none = torch.zeros(4, 0)
+    row = torch.arange(4).repeat_interleave(6)
+    flat = {"target": none, "past": none, "other": none}
+    dense = Inputs(**flat, row=row, there=there.flatten().float(), length=6)
+    short = Inputs(**flat, row=row[there.flatten()], there=torch.ones(int(there.sum())))
+    for softmax in (False, True):
+        a = dense.weights(scores.view(-1, 1), dense.there, softmax).view(4, 6)
+        b = short.weights(scores[there].unsqueeze(1), short.there, softmax).squeeze(1)
+        wanted = (scores.masked_fill(~there, -torch.inf).softmax(1) if softmax else scores).nan_to_num() * there
+        assert torch.allclose(a, wanted)
+        assert torch.allclose(b, wanted[there])
 
 
 def test_several_names_and_fields_of_their_own() -> None:
@@ -153,12 +162,12 @@ def test_several_names_and_fields_of_their_own() -> None:
         "past.tags": torch.tensor([[[0, 0, 0], [2, 5, 0]], [[8, 0, 0], [0, 0, 0]]]),
     }
     x = inputs(batch)
-    assert torch.equal(x.past[0, 1], x.target[0])
-    assert torch.equal(x.past[1, 1], x.target[1])
+    assert torch.equal(x.past[0], x.target[0])
+    assert torch.equal(x.past[2], x.target[1])
     tags = inputs.tables[1].weight
     assert torch.allclose(x.target[0, 4:], (tags[2] + tags[5]) / 2)
-    assert torch.equal(x.past[1, 0, 4:], tags[8])
-    assert x.there.tolist() == [[False, True], [True, True]]
+    assert torch.equal(x.past[1, 4:], tags[8])
+    assert x.row.tolist() == [0, 1, 1]
     assert x.other.shape == (2, 0)
 
     own = (
@@ -168,7 +177,7 @@ def test_several_names_and_fields_of_their_own() -> None:
     )
     inputs = BehaviourInput(ClicksShape(fields=own, item="item", behaviour=("had",)), 4, "din")
     x = inputs({"names": torch.tensor([[3, 2]]), "past.had": torch.tensor([[0, 3]])})
-    assert torch.equal(x.past[0, 1], x.target[0])
+    assert torch.equal(x.past, x.target)
     assert torch.equal(x.other[0], inputs.tables[1].weight[2])
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attn_recsys.models.behaviour import Inputs, PairUnit, attention_weights, columns
+from attn_recsys.models.behaviour import Inputs, PairUnit, columns
 from attn_recsys.models.clicks import ClicksShape
 from attn_recsys.models.moe import ExpertModel
 
@@ -48,38 +48,47 @@ class AWMoE(ExpertModel):
         self.user_column = columns(shape).get(shape.user or "")
 
     def votes(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """(B, L) scores and (B, L, experts) votes of the earlier items."""
-        return self.gate_attention(x.target, x.past, x.there).squeeze(-1), self.gate_unit(x.target, x.past, x.there)
+        """(n, 1) scores and (n, experts) votes of the earlier items."""
+        return self.gate_attention(x), self.gate_unit(x)
 
-    def gate(self, scores: Tensor, votes: Tensor, there: Tensor) -> Tensor:
+    def gate(self, x: Inputs, scores: Tensor, votes: Tensor, there: Tensor) -> Tensor:
         """(B, experts) the experts' weights by the votes of the earlier items in `there`."""
-        weights = attention_weights(scores, there, self.config.attention_softmax)
-        return torch.where(there.any(-1, keepdim=True), torch.einsum("bl,blk->bk", weights, votes), self.no_history)
+        found = x.total(x.weights(scores, there, self.config.attention_softmax) * votes)
+        some = x.total(there.unsqueeze(-1)) > 0
+        return torch.where(some, found, self.no_history)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         x, v = self.read(batch)
-        return (self.gate(*self.votes(x), x.there) * self.experts(v)).sum(-1)
+        return (self.gate(x, *self.votes(x), x.there) * self.experts(v)).sum(-1)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         x, v = self.read(batch)
         scores, votes = self.votes(x)
-        gate = self.gate(scores, votes, x.there)
+        gate = self.gate(x, scores, votes, x.there)
         total = F.binary_cross_entropy_with_logits((gate * self.experts(v)).sum(-1), batch["label"])
         if not self.config.contrast:
             return total
-        hidden = self.gate(scores, votes, hide(x.there, self.config.mask))
-        rows = x.there.any(-1).nonzero().squeeze(-1)
+        keep = kept(x.row, len(gate), self.config.mask).to(x.there.dtype)
+        hidden = self.gate(x, scores, votes, keep)
+        rows = torch.bincount(x.row, minlength=len(gate)).nonzero().squeeze(-1)
         user = None if self.user_column is None else batch["names"][rows, self.user_column]
         others = torch.randperm(len(rows), device=rows.device)[: self.config.negatives]
         return total + self.config.contrast * info_nce(gate[rows], hidden[rows], others, user, self.config.temperature)
 
 
-def hide(there: Tensor, probability: float) -> Tensor:
-    """`there` (B, L) with each item gone with `probability`; the last of a row stays if all others went."""
-    keep = there & (torch.rand(there.shape, device=there.device) >= probability)
-    place = torch.arange(1, there.shape[1] + 1, device=there.device)
-    last = (there * place).argmax(-1, keepdim=True) == place - 1
-    return keep | (~keep.any(-1, keepdim=True) & there & last)
+def kept(row: Tensor, rows: int, probability: float) -> Tensor:
+    """Which items stay when each is hidden with `probability`; the last of a row stays if all others went.
+
+    Args:
+        row: (n,) the row of each item, ascending.
+        rows: how many there are.
+        probability: at least 0 and below 1.
+    """
+    keep = torch.rand(len(row), device=row.device) >= probability
+    left = torch.bincount(row[keep], minlength=rows)
+    last = torch.ones_like(keep)
+    last[:-1] = row[1:] != row[:-1]
+    return keep | (last & (left[row] == 0))
 
 
 def info_nce(gate: Tensor, hidden: Tensor, others: Tensor, user: Tensor | None, temperature: float) -> Tensor:

@@ -17,19 +17,44 @@ _SPREAD = 0.05  # standard deviation of the first vectors
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A batch as vectors.
+    """A batch as vectors. Earlier items of all rows stand one behind the other, n of them.
+
+    While a model is exported, which must not depend on how many there are, padding stands among them, and n = B · L.
 
     Attributes:
         target: (B, T) the item that is scored, its fields side by side.
-        past: (B, L, T) the user's earlier items in the same form, zero where there is none.
-        there: (B, L) bool, where there is one.
+        past: (n, T) earlier items in the same form.
+        row: (n,) the row of each, ascending.
+        there: (n,) 1 for an item and 0 for padding.
         other: (B, C) fields that are not the item's, and numbers.
+        length: L where padding stands among the items, else 0.
     """
 
     target: Tensor
     past: Tensor
+    row: Tensor
     there: Tensor
     other: Tensor
+    length: int = 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """(n, K) -> (B, K), sums over the earlier items of each row."""
+        if self.length:
+            return x.view(-1, self.length, x.shape[-1]).sum(1)
+        return x.new_zeros(len(self.target), x.shape[-1]).index_add(0, self.row, x)
+
+    def weights(self, scores: Tensor, there: Tensor, softmax: bool) -> Tensor:
+        """(n, 1) scores of earlier items as weights: as they are, or by softmax over a row's; 0 where `there` is."""
+        if not softmax:
+            return scores * there.unsqueeze(-1)
+        masked = scores.detach().masked_fill(there.unsqueeze(-1) == 0, torch.finfo(scores.dtype).min)
+        if self.length:
+            top = masked.view(-1, self.length).amax(1)
+        else:
+            low = masked.new_full((len(self.target),), torch.finfo(scores.dtype).min)
+            top = low.scatter_reduce(0, self.row, masked.squeeze(-1), "amax")
+        power = torch.exp((scores - top[self.row].unsqueeze(-1)).clamp(max=0)) * there.unsqueeze(-1)
+        return power / self.total(power).clamp(min=torch.finfo(power.dtype).tiny)[self.row]
 
 
 class BehaviourInput(nn.Module):
@@ -60,7 +85,7 @@ class BehaviourInput(nn.Module):
         tables = [nn.Embedding(field.size, dim, padding_idx=0) for field in own]
         for table in tables:
             nn.init.normal_(table.weight, std=_SPREAD)
-            nn.init.zeros_(table.weight[0])
+            nn.init.zeros_(table.weight[:2])  # unknown names are learned where training has some
         self.tables = nn.ModuleList(tables)
         number = {field.name: i for i, field in enumerate(own)}
         # (field of the item, behaviour, table)
@@ -88,22 +113,30 @@ class BehaviourInput(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Inputs:
         target = torch.cat([self._field(name, table, batch) for name, _, table in self.pairs], -1)
-        past, there = [], None
-        for _, name, table in self.pairs:
-            ids = batch[f"past.{name}"]
-            many = ids.dim() == 3
-            past.append(mean_vector(self.tables[table], ids) if many else self.tables[table](ids))
-            here = (ids != 0).any(-1) if many else ids != 0
-            there = here if there is None else there | here
-        assert there is not None
+        ids = [batch[f"past.{name}"] for _, name, _ in self.pairs]
+        there = torch.stack([(i != 0).any(-1) if i.dim() == 3 else i != 0 for i in ids]).any(0)
+        length = 0
+        if torch.compiler.is_exporting():
+            rows, length = there.shape
+            row = torch.arange(rows, device=there.device).unsqueeze(1).expand(-1, length).reshape(-1)
+            ids, there = [i.flatten(0, 1) for i in ids], there.flatten()
+        else:
+            row, place = there.nonzero(as_tuple=True)
+            ids, there = [i[row, place] for i in ids], there[row, place]
+        past = [
+            mean_vector(self.tables[table], i) if i.dim() == 2 else self.tables[table](i)
+            for i, (_, _, table) in zip(ids, self.pairs)
+        ]
         other = [self._field(name, table, batch) for name, table in self.others]
         if self.numeric:
             other.append(batch["numbers"].to(target.dtype))
         return Inputs(
             target=target,
             past=torch.cat(past, -1),
-            there=there,
+            row=row,
+            there=there.to(target.dtype),
             other=torch.cat(other, -1) if other else target[:, :0],
+            length=length,
         )
 
 
@@ -172,8 +205,8 @@ class Tower(nn.Module):
 class PairUnit(nn.Module):
     """A tower over [a; b; a - b; a ⊙ b] and a last linear map: what an earlier item b is to the item a.
 
-    With one output it is DIN's activation unit, with one an expert the gate unit of AW-MoE. Only positions that hold
-    an item are computed, which also keeps padding out of what Dice standardises over.
+    With one output it is DIN's activation unit, with one an expert the gate unit of AW-MoE. Padding is not computed,
+    which also keeps it out of what Dice standardises over.
 
     Args:
         width: numbers of an item's vector.
@@ -191,31 +224,12 @@ class PairUnit(nn.Module):
         self.rest = Tower(hidden[0], hidden[1:], name)
         self.last = nn.Linear(self.rest.width, outputs)
 
-    def forward(self, target: Tensor, past: Tensor, there: Tensor) -> Tensor:
-        """(B, T), (B, L, T), (B, L) -> (B, L, outputs), zero where no item is."""
+    def forward(self, x: Inputs) -> Tensor:
+        """(n, outputs) of the earlier items."""
         # [a; b; a - b; a * b] W = a (W1 + W3) + b (W2 - W3) + (a * b) W4: a's part once a row, half the products.
         a, b, difference, product = self.first.weight.chunk(4, 1)
-        of_target = F.linear(target, a + difference, self.first.bias)
-        if torch.compiler.is_exporting():
-            x = of_target.unsqueeze(1) + F.linear(past, b - difference)
-            x = x + F.linear(past * target.unsqueeze(1), product)
-            return self._after(x) * there.unsqueeze(-1)
-        row, place = there.nonzero(as_tuple=True)
-        items = past[row, place]
-        x = of_target[row] + F.linear(items, b - difference) + F.linear(items * target[row], product)
-        found = self._after(x)
-        out = found.new_zeros(*there.shape, found.shape[-1])
-        return out.index_put((row, place), found)
-
-    def _after(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.rest(self.start(x)))
-        return y
-
-
-def attention_weights(scores: Tensor, there: Tensor, softmax: bool) -> Tensor:
-    """(B, L) scores as weights: as they are, or by softmax over the items that are there; zero elsewhere."""
-    if not softmax:
-        return scores * there
-    top = scores.masked_fill(~there, float("-inf")).amax(-1, keepdim=True)
-    power = torch.exp(scores - top.nan_to_num(neginf=0.0)).masked_fill(~there, 0.0)
-    return power / power.sum(-1, keepdim=True).clamp(min=torch.finfo(power.dtype).tiny)
+        of_target = F.linear(x.target, a + difference, self.first.bias)
+        pair = torch.cat([x.past, x.past * x.target[x.row]], -1)
+        found: Tensor = of_target[x.row] + F.linear(pair, torch.cat([b - difference, product], 1))
+        found = self.last(self.rest(self.start(found)))
+        return found

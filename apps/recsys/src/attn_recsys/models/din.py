@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_recsys.models.behaviour import BehaviourInput, PairUnit, Tower, attention_weights
+from attn_recsys.models.behaviour import BehaviourInput, PairUnit, Tower
 from attn_recsys.models.clicks import ClickModel, ClicksShape
 
 
@@ -38,8 +38,6 @@ class DIN(ClickModel):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         x = self.inputs(batch)
-        scores = self.unit(x.target, x.past, x.there).squeeze(-1)
-        weights = attention_weights(scores, x.there, self.config.attention_softmax)
-        user = torch.einsum("bl,blt->bt", weights, x.past)
+        user = x.total(x.weights(self.unit(x), x.there, self.config.attention_softmax) * x.past)
         logit: Tensor = self.score(self.tower(torch.cat([x.other, x.target, user], -1)))
         return logit.squeeze(-1)

@@ -7,13 +7,14 @@ softmax, all experts used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attn_recsys.models.behaviour import BehaviourInput, Inputs, PairUnit, Tower, attention_weights
+from attn_recsys.models.behaviour import BehaviourInput, Inputs, PairUnit, Tower
 from attn_recsys.models.clicks import ClickModel, ClicksShape
 
 
@@ -71,10 +72,8 @@ class ExpertModel(ClickModel):
         """The batch after the input network, and (B, width) what the experts are given."""
         x = self.inputs(batch)
         other = x.other if self.other_layer is None else self.other_layer(x.other)
-        x = Inputs(target=self.item_layer(x.target), past=self.item_layer(x.past), there=x.there, other=other)
-        scores = self.unit(x.target, x.past, x.there).squeeze(-1)
-        weights = attention_weights(scores, x.there, self.config.attention_softmax)
-        user = torch.einsum("bl,blh->bh", weights, x.past)
+        x = replace(x, target=self.item_layer(x.target), past=self.item_layer(x.past), other=other)
+        user = x.total(x.weights(self.unit(x), x.there, self.config.attention_softmax) * x.past)
         return x, torch.cat([x.target, user] if self.other_layer is None else [x.target, user, other], -1)
 
 
