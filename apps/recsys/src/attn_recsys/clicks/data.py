@@ -47,8 +47,17 @@ def load_table(name: str, args: ClicksDataConfig, state: Mapping[str, Any] | Non
         from attn_recsys.clicks.synthetic import synthetic_clicks
 
         return synthetic_clicks()
-    folder = datasets.locate(DATASETS[name])
-    return {"frappe": lambda: readers.read_frappe(folder / "frappe")}[name]()
+    if name == "amazon_beauty" and args.split == "random":
+        raise UserError(
+            "rows of amazon_beauty hold what a reviewer had before, so drawn rows would show training what test asks "
+            "for; take --data_args.split leave_one_out (or user)"
+        )
+    folder = datasets.locate(DATASETS[name]) / DATASETS[name].files[0].path.split("/")[0]
+    if name == "amazon_beauty":
+        from attn_recsys.clicks.beauty import read_beauty
+
+        return read_beauty(folder)
+    return readers.read_frappe(folder)
 
 
 # -- data sets --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class ClicksShape:
         item: name of the field that is the item, where one is known.
         user: name of the field that is the user, where one is known.
         behaviour: fields of the user's earlier items, each sharing the vocabulary of a field of the item; the batch has
-            them as `past.<field>` (B, L), padded at the start with 0.
+            them as `past.<field>` (B, L), padded at the start with 0; (B, L, W) where the field holds several names.
     """
 
     fields: tuple[Vocabulary, ...]
@@ -50,7 +50,8 @@ class ClickModel(nn.Module):
     """Probability of a click.
 
     A batch is a dict: `names` (B, F1) int64, the fields with one name a row, in order; `many.<field>` (B, W) int64,
-    padded at the end with 0; `numbers` (B, N) float32, standardised; `past.<field>` (B, L) int64; `label` (B,) float32.
+    padded at the end with 0; `numbers` (B, N) float32, standardised; `past.<field>` (B, L) or (B, L, W) int64; `label`
+    (B,) float32.
 
     Args:
         config: the model's dataclass in `attn_recsys.config`.
