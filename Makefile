@@ -44,6 +44,7 @@ setup:  ## create .venv with everything, under constraints.txt (does nothing whe
 	  echo "$(CURDIR)" > "$(VENV)/.path"; \
 	  "$(BIN)/python" -m pip install --quiet -r requirements-dev.txt; \
 	  "$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation natten; \
+	  "$(BIN)/python" -m pip install --quiet --no-deps pesq >/dev/null 2>&1 || echo "pesq was left out: it needs a C compiler"; \
 	  "$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation $(addprefix -e ./,$(PACKAGES)); \
 	  echo "$(STAMP_KEY)" > "$(STAMP)"; \
 	fi
