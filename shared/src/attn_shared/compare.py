@@ -31,7 +31,7 @@ from attn_shared.app import App, ModelCard
 from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import UserError
 from attn_shared.profiling import DEFINITIONS, Cost, machine, measure_costs
-from attn_shared.report import COST_NAMES, cost_text, main_metrics, metric_text, sentence, sort_key
+from attn_shared.report import COST_NAMES, cost_text, interval_names, main_metrics, metric_text, sentence, sort_key
 from attn_shared.runs import Run, slug, write_atomically
 from attn_shared.task import DataBundle, Task
 from core_attn import registry
@@ -456,7 +456,12 @@ class _Table:
     def _quality(self, line: Line, metric: str) -> str:
         text = metric_text(self.task, metric, line.mean(metric))
         sd = line.sd(metric)
-        return f"{text} ± {metric_text(self.task, metric, sd)}" if sd is not None else text
+        if sd is not None:
+            text = f"{text} ± {metric_text(self.task, metric, sd)}"
+        bounds = [line.mean(name) for name in interval_names(metric)]
+        if None not in bounds:
+            text += f" [{', '.join(metric_text(self.task, metric, bound) for bound in bounds)}]"
+        return text
 
     def _cost(self, line: Line, key: str) -> str:
         return cost_text(key, getattr(line.cost, key)) if line.cost is not None else page.NONE
@@ -488,6 +493,9 @@ class _Table:
         best = "highest" if self.task.maximize else "lowest"
         spread = f", mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else ", one seed"
         said = [f"{self.split} split, {best} {self.task.primary} first{spread}. {sentence(self.protocol)}".strip()]
+        if any(interval_names(m)[0] in line.metrics for m in self.metrics for line in self.lines):
+            over = ", each bound the mean over seeds" if self.seeds > 1 else ""
+            said.append(f"In brackets: 95 % intervals by bootstrap over the test cases of one run{over}.")
         own = self.settings()
         if own:
             said.append(

@@ -155,7 +155,10 @@ class Task(lightning.LightningModule):
 
     @abstractmethod
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Final figures of a split from the summed state."""
+        """Final figures of a split from the summed state.
+
+        Beside a metric "m", "m, 95% from" and "m, 95% to" are the bounds of its interval; tables show them with it.
+        """
 
     @abstractmethod
     def example_batch(self, bundle: DataBundle, size: int) -> Any:

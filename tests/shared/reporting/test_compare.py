@@ -34,6 +34,7 @@ class Stub:
         self.resumed: list[Path | None] = []
         self.faults: dict[tuple[str | None, int], BaseException] = {}
         self.published: list[dict[str, Any]] = []
+        self.more: dict[str, float] = {}
 
     def train(self, app: Any, config: RunConfig, *, resume: Path | None = None) -> Path:
         self.trained.append(config)
@@ -42,7 +43,7 @@ class Stub:
         if fault is not None:
             raise fault
         score = SCORES[config.mixer] + 0.1 * config.seed
-        changes: dict[str, Any] = {"splits": {"val": {}, "test": {"mse": score, "mae": score / 2}}}
+        changes: dict[str, Any] = {"splits": {"val": {}, "test": {"mse": score, "mae": score / 2, **self.more}}}
         if self.published:
             changes["published"] = self.published
         run: Run = self.world.run(config, **changes)
@@ -333,6 +334,14 @@ def test_baselines_gather_their_figures_over_seeds() -> None:
     assert found["zero"].metrics["mse"] == [4.0]  # no seed changes it
     assert found["late"].metrics == {"mse": [3.0]}
     assert not module._rows_beside(cells, {"a", "zero", "linear", "late"})
+
+
+def test_intervals_stand_beside_their_metric(world: Any, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.more = {"mse, 95% from": 0.25, "mse, 95% to": 1.75}
+    compare(world.app, world.config(), mixers=[None], seeds=2)
+    printed = capsys.readouterr().out
+    assert "| 1.050 ± 0.071 [0.250, 1.750] |" in printed
+    assert "intervals by bootstrap over the test cases of one run, each bound the mean over seeds" in printed
 
 
 def test_protocols_of_seeds_are_told_in_one() -> None:
