@@ -71,18 +71,26 @@ APP = App(
         "recommend": (
             "attn_recsys.items.recommend_command:main",
             "users in, their best items with scores and reasons out",
-        )
+        ),
+        "export": (
+            "attn_recsys.clicks.export_command:main",
+            "write a trained click model as ONNX, checked and timed",
+        ),
     },
 )
 
 
 def kind_of_file(path: str) -> str:
     """The kind of task that a file of the user's own is for: clicks where it has a column of labels, else items."""
-    return "clicks" if "label" in items.roles(Path(path)) else "items"
+    return "clicks" if "label" in items.roles(Path(path)) | clicks.parquet_roles(Path(path)) else "items"
 
 
 def check_file(path: Path) -> list[str]:
     """What is wrong with a file of the user's own, a sentence each."""
+    if kind_of_file(str(path)) == "clicks":
+        from attn_recsys.clicks.readers import check_file as check_clicks
+
+        return check_clicks(path)
     from attn_recsys.items.readers import check_file as check_items
 
     return check_items(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from attn_recsys.items.cards import ROLES, plain
 from attn_shared.app import DataCard, DataFile
 
 FILE_FORMATS = (
@@ -10,6 +13,25 @@ FILE_FORMATS = (
     "(--data_args.sequence). A table of clicks alone takes --data_args.negatives. A column `split` (train, val, test) "
     "is used by --data_args.split given."
 )
+
+
+def parquet_roles(path: Path) -> set[str]:
+    """Roles of the columns of a Parquet file, as far as their names tell; none where it is no such file."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PAR1":
+                return set()
+    except OSError:
+        return set()
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        names = {plain(name) for name in parquet.read_schema(path).names}
+    except (OSError, pyarrow.ArrowException):
+        return set()
+    return {role for role, known in ROLES.items() if names & set(known)}
+
 
 DATASETS: dict[str, DataCard] = {
     card.name: card

@@ -163,6 +163,12 @@ class Encoder:
             made[i, : len(row)] = row
         return made
 
+    def attribute_width(self, name: str) -> int | None:
+        """W of `past.<name>` (B, L, W); None where it is (B, L)."""
+        if name in self.single:
+            return None
+        return int(self._of_item(name).shape[1])
+
     def unknown(self, encoded: Encoded) -> dict[str, float]:
         """Share of rows whose name training did not have, by field."""
         return {name: float((encoded.names[:, i] == UNKNOWN).mean()) for i, name in enumerate(self.single)}

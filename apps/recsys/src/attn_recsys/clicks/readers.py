@@ -168,7 +168,7 @@ def _label(cells: Cells, column: str | None, args: ClicksDataConfig) -> np.ndarr
     if bad.any():
         row = int(bad.to_numpy().argmax())
         raise UserError(
-            f"{cells.where(row)}: {cells.frame[column].iloc[row]!r} in column {column!r} is no label; labels are 0 or 1"
+            f"{cells.where(row)}: {str(cells.frame[column].iloc[row])!r} in column {column!r} is no label; labels are 0 or 1"
         )
     label = text.isin(_YES).to_numpy(float)
     if args.negatives:
@@ -242,19 +242,24 @@ def _attributes(item: str, single: Mapping[str, Names], many: Mapping[str, Lists
     return tuple(name for name, column in columns.items() if name != item and follows(single[item], column))
 
 
+def check_file(path: Path) -> list[str]:
+    """Problems of a table of impressions, a sentence each; what was found is printed."""
+    from attn_recsys.clicks.data import prepare
+
+    args = ClicksDataConfig()
+    for name, value in prepare(read_table(path, args), args).facts.items():
+        print(f"{name}: {value}")
+    return []
+
+
 # -- data sets --------------------------------------------------------------------------------------------------------
 
 
 def read_frappe(folder: Path) -> Table:
-    """Frappe: every row a use. `cnt` is left out; unknown context is missing."""
+    """Frappe: every row a use. `cnt` is left out; `unknown` is a name like others."""
     with gzip.open(folder / "frappe.csv.gz", "rt", encoding="utf-8") as file:
         frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-    missing = {"city": "0"}
-    single = {}
-    for name in frame.columns:
-        if name != "cnt":
-            unknown = missing.get(name, "unknown")
-            single[name] = names_of([None if cell == unknown else cell for cell in frame[name]])
+    single = {name: names_of(list(frame[name])) for name in frame.columns if name != "cnt"}
     return Table(
         name="frappe",
         rows=len(frame),

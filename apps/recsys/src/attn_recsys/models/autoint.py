@@ -45,7 +45,7 @@ class AutoInt(ClickModel):
             options = {"bias": False, "scale": None if config.scale else 1.0, **options}
         self.mixers = nn.ModuleList(build(name, dim=dim, heads=config.heads, **options) for _ in range(config.layers))
         for one in self.mixers:
-            if isinstance(one, SoftmaxAttention):
+            if type(one) is SoftmaxAttention:
                 one.out_proj = nn.Identity()  # type: ignore[assignment]
         self.residuals = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(config.layers))
         self.dropout = Dropout(config.dropout)

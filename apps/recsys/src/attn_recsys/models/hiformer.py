@@ -80,7 +80,7 @@ class CompositeLinear(nn.Module):
         whole = (self.right if self.left is None else self.right @ self.left).double()
         u, s, v = torch.linalg.svd(whole, full_matrices=False)
         rank = min(rank, len(s))
-        made = CompositeLinear(self.fields, whole.shape[1] // self.fields, self.outputs, rank=rank)
+        made = CompositeLinear(self.fields, whole.shape[1] // self.fields, self.outputs, rank=rank).double()
         root = s[:rank].sqrt()
         assert made.left is not None
         made.left.copy_(root[:, None] * v[:rank])
@@ -116,7 +116,7 @@ class FieldBlock(nn.Module):
             heads.out_proj = FieldLinear(fields, dim, dim)  # type: ignore[assignment]
             self.mixer = heads
         # Other mechanisms may read a row of their own in another way than the same row among others.
-        self.pruned = last and config.pruned and isinstance(self.mixer, SoftmaxAttention)
+        self.pruned = last and config.pruned and type(self.mixer) is SoftmaxAttention
         self.last = last
         inner = config.ffn_factor * dim
         if shared:
@@ -197,7 +197,7 @@ class Hiformer(ClickModel):
         if self.together is not None:
             numbers = self.together(batch["numbers"].to(x.dtype))
             x = torch.cat([x, numbers.unflatten(1, (-1, x.shape[-1]))], dim=1)
-        x = self.dropout(torch.cat([self.task.expand(len(x), 1, -1), x], dim=1))
+        x = self.dropout(torch.cat([self.task.expand(x.shape[0], 1, -1), x], dim=1))
         for block in self.blocks:
             x = block(x)
         odds: Tensor = self.score(x[:, 0]).squeeze(-1)
