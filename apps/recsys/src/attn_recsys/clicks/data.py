@@ -185,7 +185,7 @@ def prepare(table: Table, args: ClicksDataConfig, state: Mapping[str, Any] | Non
         raise UserError(f"all training rows have the label {int(label[rows[TRAIN]][0])}; both are needed to learn from")
     if state is None:
         encoder = Encoder.fit(table, rows[TRAIN], min_count=args.min_count, max_length=args.max_length)
-        kept = {**encoder.state, **_columns(table, args), "rate": float(label[rows[TRAIN]].mean())}
+        kept = {**encoder.state, **_columns(table, args)}
     else:
         encoder, kept = Encoder(state), dict(state)
     encoded = encoder.encode(table)

@@ -101,5 +101,5 @@ def activity(models: Mapping[str, metrics.Rows], groups: list[tuple[str, np.ndar
         axes.set_xticks(np.arange(len(groups)), labels)
         axes.set(ylabel="AUC", ylim=(max(0.0, min(0.5, lowest - 0.02)), 1.0))
         axes.grid(visible=False, axis="x")
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(models))
     return fig

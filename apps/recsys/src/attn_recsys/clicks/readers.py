@@ -167,9 +167,8 @@ def _label(cells: Cells, column: str | None, args: ClicksDataConfig) -> np.ndarr
     bad = ~text.isin((*_NO, *_YES))
     if bad.any():
         row = int(bad.to_numpy().argmax())
-        raise UserError(
-            f"{cells.where(row)}: {str(cells.frame[column].iloc[row])!r} in column {column!r} is no label; labels are 0 or 1"
-        )
+        found = str(cells.frame[column].iloc[row])
+        raise UserError(f"{cells.where(row)}: {found!r} in column {column!r} is no label; labels are 0 or 1")
     label = text.isin(_YES).to_numpy(float)
     if args.negatives:
         raise UserError(f"{cells.source} has labels ({column}), so --data_args.negatives must be 0")
