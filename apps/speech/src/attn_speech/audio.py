@@ -5,6 +5,7 @@ libsndfile (soundfile) reads and writes, soxr resamples. What torchaudio compute
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections import OrderedDict
@@ -201,7 +202,8 @@ class Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = soundfile.SoundFile(self.part, "w", rate, channels, subtype, format=kind)
         except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
-            self.part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.part.unlink()
             raise UserError(f"cannot write {path}: {_reason(error)}") from None
         # Whole numbers wrap around beyond full scale in some libraries; here they stop there.
         self._clip = not subtype.startswith(("FLOAT", "DOUBLE"))
@@ -261,10 +263,10 @@ def resample(samples: np.ndarray, old: float, new: float) -> np.ndarray:
     """(…, T) at rate `old` -> (…, `resampled(T, old, new)`) at rate `new`, by soxr."""
     if old == new:
         return samples
-    flat = samples.reshape(-1, samples.shape[-1])
+    flat = samples.reshape(int(np.prod(samples.shape[:-1])), samples.shape[-1])
     count = resampled(flat.shape[1], old, new)
     out = np.zeros((len(flat), count), dtype=np.float32)
-    if count:
+    if out.size:
         found = soxr.resample(np.ascontiguousarray(flat.T, dtype=np.float32), old, new, quality=_QUALITY).T[:, :count]
         out[:, : found.shape[1]] = found
     return out.reshape(*samples.shape[:-1], count)

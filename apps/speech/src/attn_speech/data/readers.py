@@ -19,6 +19,7 @@ from attn_speech.data.corpus import Corpus, Mixture, Part, Utterance
 from attn_speech.data.folders import PARTS, part_of, sound_files, subfolders
 from attn_speech.data.options import SpeechDataConfig
 
+SHORTEST = 0.25  # seconds of an utterance
 _MIX_FOLDERS = ("mix_clean", "mix", "mixture", "mixtures", "mix_both", "mix_single")
 _SOURCE_FOLDERS = (("s1", "s2", "s3"), ("source1", "source2", "source3"), ("spk1", "spk2", "spk3"))
 _LIBRISPEECH = re.compile(r"\d+-\d+-\d+")
@@ -90,11 +91,15 @@ def read_speaker_folders(folder: Path, args: SpeechDataConfig, fault: Fault = re
     Raises:
         UserError: no sound file, or no way to tell the speakers.
     """
-    inside = subfolders(folder)
-    parts = [(part_of(one.name), one) for one in inside]
-    named = [(part, one) for part, one in parts if part is not None and sound_files(one)]
-    places: list[tuple[Part | None, Path]]
-    places = [*named] if named else [(None, folder)]
+    inside = [one for one in subfolders(folder) if sound_files(one)]
+    named = [(part, one) for one in inside if (part := part_of(one.name)) is not None]
+    # Speakers may have names like Val: folders are parts where all are, or where one is for training.
+    split = bool(named) and (len(named) == len(inside) or any(part == "train" for part, _ in named))
+    places: list[tuple[Part | None, Path]] = [*named] if split else [(None, folder)]
+    notes = []
+    if split and len(named) < len(inside):
+        others = [one.name for one in inside if part_of(one.name) is None]
+        notes.append(f"folders that are no part were left out: {', '.join(others)}")
     found: list[tuple[Part | None, Utterance]] = []
     sexes = _sexes(folder)
     for part, place in places:
@@ -115,7 +120,9 @@ def read_speaker_folders(folder: Path, args: SpeechDataConfig, fault: Fault = re
                 found.append((part, _utterance(path, speaker, sexes.get(speaker, ""), head)))
     if not found:
         raise UserError(f"{folder} holds no speech that can be read ({', '.join(SUFFIXES[:4])}, … by speaker)")
-    return _by_parts(folder.name, found, args, fault)
+    corpus = _by_parts(folder.name, found, args, fault)
+    corpus.notes[:0] = notes
+    return corpus
 
 
 def _utterance(path: Path, speaker: str, sex: str, head: SoundInfo) -> Utterance:
@@ -157,8 +164,14 @@ def _by_parts(
     """Utterances in their parts; parts that are missing are taken from the training speakers."""
     corpus = Corpus(name=name)
     parts: dict[Part, list[Utterance]] = {part: [] for part in PARTS}
+    short = 0
     for part, one in found:
-        parts[part or "train"].append(one)
+        if one.frames < SHORTEST * one.rate:
+            short += 1
+        else:
+            parts[part or "train"].append(one)
+    if short:
+        corpus.notes.append(f"{short} utterances shorter than {SHORTEST:g} s were left out")
     _separate(parts, fault)
     if not parts["train"]:
         # Folders dev and test alone: what there is to learn from is the larger.
@@ -277,9 +290,6 @@ def read_mixture_folders(folder: Path, args: SpeechDataConfig, fault: Fault = re
         sources = _sources(place)
         if sources is None:
             fault(f"{place} holds no folders s1 and s2 of single voices")
-            continue
-        if len(sources) > args.speakers:
-            fault(f"{place} holds {len(sources)} voices a mixture; set --data_args.speakers {len(sources)}")
             continue
         mixes = next((place / name for name in _MIX_FOLDERS if (place / name).is_dir()), None)
         noise = place / "noise"

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.signal import fftconvolve
 
 SOUND = 343.0  # m/s
-_HALF = 20  # samples on either side of a reflection that its band-limited pulse covers
+_HALF = 40  # samples on either side of a reflection that its band-limited pulse covers
 _FINE = 16
 
 
@@ -55,9 +55,9 @@ def impulse_response(
     met = walls[0][:, None, None] + walls[1][:, None] + walls[2]
     near = distance * rate / SOUND < count - 1
     distance, met = distance[near], met[near]
-    # Beyond 80 dB below the direct pulse a reflection changes nothing that could be heard.
+    # Beyond 100 dB below the direct pulse a reflection changes nothing that could be heard.
     gain = reflection ** met.astype(np.float64) / np.maximum(distance, 1e-2)
-    loud = gain > 1e-4 * gain.max()
+    loud = gain > 1e-5 * gain.max()
     delay, gain = distance[loud] * (rate / SOUND), gain[loud]
 
     # Between samples a pulse is shared out to the two nearest points of a grid _FINE times as fine.
