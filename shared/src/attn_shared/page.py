@@ -7,11 +7,14 @@ import html
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from attn_shared import plotting
+
+if TYPE_CHECKING:
+    from attn_shared.task import Sound
 
 LARGEST_SVG = 400_000
 """Characters above which a figure is embedded as a PNG: drawings of many thousand marks make pages slow."""
@@ -58,6 +61,8 @@ figure{margin:1rem 0;background:var(--card);border:1px solid var(--line);border-
 figure svg,figure img{display:block;width:100%;height:auto;max-width:52rem;margin:0 auto}
 figure svg text{fill:currentColor}
 figure img{background:#fff;border-radius:.3rem}
+.sounds{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.5rem 1rem;margin:.8rem 0}
+.sounds span{display:block;color:var(--soft);font-size:.82rem}.sounds audio{width:100%;height:2.2rem}
 figcaption{color:var(--soft);font-size:.875rem;margin-top:.6rem;overflow-wrap:anywhere}
 pre{background:var(--code);border-radius:.6rem;padding:.8rem 1rem;overflow-x:auto;margin:.5rem 0;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -168,15 +173,26 @@ def facts(pairs: Mapping[str, Any]) -> str:
     return f'<dl class="facts">{"".join(rows)}</dl>' if rows else ""
 
 
-def picture(fig: Figure, caption: str, name: str) -> str:
-    """A figure with its caption, drawn inline."""
+def picture(fig: Figure, caption: str, name: str, under: str = "") -> str:
+    """A figure with its caption, drawn inline; `under` is HTML that stands between them."""
     source = plotting.svg(fig, name)
     if len(source) > LARGEST_SVG:
         data = base64.b64encode(plotting.png(fig)).decode("ascii")
         source = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
     else:
         source = source.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
-    return f"<figure>\n{source}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    return f"<figure>\n{source}\n{under}<figcaption>{escape(caption)}</figcaption>\n</figure>"
+
+
+def players(sounds: Iterable[Sound]) -> str:
+    """A player for each recording, which is part of the page."""
+    items = [
+        f"<div><span>{escape(sound.name)}</span>"
+        f'<audio controls preload="metadata" aria-label="{escape(sound.name)}" '
+        f'src="data:{escape(sound.kind)};base64,{base64.b64encode(sound.data).decode("ascii")}"></audio></div>\n'
+        for sound in sounds
+    ]
+    return f'<div class="sounds">{"".join(items)}</div>\n' if items else ""
 
 
 def code(text: str) -> str:

@@ -19,7 +19,7 @@ from attn_shared.app import App
 from attn_shared.page import Figures, Markup, Row
 from attn_shared.profiling import DEFINITIONS, machine
 from attn_shared.runs import Run, slug, write_atomically
-from attn_shared.task import DataBundle, Task
+from attn_shared.task import DataBundle, Sound, Task
 from core_attn import capture
 
 COST_NAMES = {
@@ -229,15 +229,15 @@ class _Report:
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
-    def _figure(self, fig: Figure, name: str, caption: str) -> str:
+    def _figure(self, fig: Figure, name: str, caption: str, sounds: Sequence[Sound] = ()) -> str:
         self.figure_count += 1
         self.run.plots.mkdir(exist_ok=True)
         (self.run.plots / f"{slug(name)}.png").write_bytes(plotting.png(fig))
-        return page.picture(fig, caption, f"f{self.figure_count}")
+        return page.picture(fig, caption, f"f{self.figure_count}", page.players(sounds))
 
     def _pictures(self) -> list[str]:
         with _as_it_was(self.task):
-            return [self._figure(p.figure, p.name, p.caption) for p in self.task.pictures(self.bundle)]
+            return [self._figure(p.figure, p.name, p.caption, p.sounds) for p in self.task.pictures(self.bundle)]
 
     def _curves(self) -> str:
         rows = self.run.read_metrics()

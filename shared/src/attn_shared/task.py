@@ -46,13 +46,23 @@ class DataBundle:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """A recording to listen to, as the bytes of a file that browsers play; `kind` is its MIME type."""
+
+    name: str
+    data: bytes
+    kind: str = "audio/flac"
+
+
 @dataclass(kw_only=True)
 class Picture:
-    """A figure for the report."""
+    """A figure for the report, and what is to be heard with it."""
 
     name: str
     caption: str
     figure: Figure
+    sounds: Sequence[Sound] = ()
 
 
 def make_optimizer(parameters: Any, config: RunConfig) -> torch.optim.Optimizer:

@@ -24,6 +24,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ FORMAT = {
     "mixtures": ",.0f",
 }
 TAPS = 512
-_COLUMNS = ("si_sdr", "si_sdr_mixture", "sdr", "sdr_mixture", "stoi", "stoi_mixture", "pesq", "pesq_mixture")
+_COLUMNS = ("si_sdr", "si_sdr_mixture", "sdr", "sdr_mixture", "stoi", "pesq")
+Measures = Literal["si_sdr", "sdr", "all"]
 
 
 def has_pesq() -> bool:
@@ -212,15 +214,15 @@ class Scores:
 
     Attributes:
         index: (N,) numbers of the mixtures in their set, ascending.
-        values: (N, C, len(columns)) with columns `si_sdr`, `sdr`, `stoi`, `pesq` and the same of the mixture.
+        values: (N, C, 6); columns si_sdr and sdr, each followed by that of the mixture, stoi and pesq.
     """
 
     index: np.ndarray
     values: np.ndarray
 
     def of(self, name: str) -> np.ndarray:
-        """(N, C); "si_sdri" and such are differences to the mixture."""
-        if name in ("si_sdri", "sdri", "stoii", "pesqi"):
+        """(N, C) of a column; "si_sdri" and "sdri" are differences to the mixture."""
+        if name in ("si_sdri", "sdri"):
             own = name.removesuffix("i")
             return np.asarray(self.of(own) - self.of(f"{own}_mixture"))
         return np.asarray(self.values[..., _COLUMNS.index(name)])
@@ -233,15 +235,15 @@ def score(
     lengths: Tensor | None,
     rate: int,
     *,
-    slow: bool = True,
+    measures: Measures = "all",
 ) -> np.ndarray:
-    """(B, C, 8) scores of a batch, columns as in `Scores`; NaN where there is none.
+    """(B, C, 6) scores of a batch, columns as in `Scores`; NaN where there is none.
 
     Args:
         estimates: (B, C, T) in any order.
         sources: (B, C, T).
         mixture: (B, T).
-        slow: also SDR, STOI and PESQ.
+        measures: "si_sdr" only, also "sdr", or "all".
     """
     estimates, sources, mixture = (x.detach().double().cpu() for x in (estimates, sources, mixture))
     lengths = None if lengths is None else lengths.cpu()
@@ -251,7 +253,7 @@ def score(
     column = {name: i for i, name in enumerate(_COLUMNS)}
     values[..., column["si_sdr"]] = pairs.gather(1, order[:, None, :])[:, 0].numpy()
     values[..., column["si_sdr_mixture"]] = pairwise_si_sdr(mixture[:, None], sources, lengths)[:, 0].numpy()
-    if not slow:
+    if measures == "si_sdr":
         return values
     ordered = reorder(estimates, order).numpy()
     for b in range(len(values)):
@@ -259,10 +261,10 @@ def score(
         own, true, mixed = ordered[b, :, :size], sources[b, :, :size].numpy(), mixture[b, :size].numpy()
         sdr = bss_sdr(np.concatenate([own, mixed[None]]), true)
         values[b, :, column["sdr"]], values[b, :, column["sdr_mixture"]] = sdr.diagonal(), sdr[-1]
-        for c, source in enumerate(true):
-            for name, measure in (("stoi", stoi), ("pesq", pesq)):
-                values[b, c, column[name]] = measure(own[c], source, rate)
-                values[b, c, column[f"{name}_mixture"]] = measure(mixed, source, rate)
+        if measures == "all":
+            for c, source in enumerate(true):
+                values[b, c, column["stoi"]] = stoi(own[c], source, rate)
+                values[b, c, column["pesq"]] = pesq(own[c], source, rate)
     return values
 
 
