@@ -130,7 +130,9 @@ class Recommender:
             best = np.argsort(-line, kind="stable")[:k]
             best = best[np.isfinite(line[best])]
             if len(best) < k:
-                what = "nothing is left to recommend" if not len(best) else f"only {len(best)} items are left"
+                what = {0: "nothing is left to recommend", 1: "only 1 item is left"}.get(
+                    len(best), f"only {len(best)} items are left"
+                )
                 self._note(f"user {user} had the other items already: {what}" if hide != "none" else f"{user}: {what}")
             reasons = self._reasons(number, best, paths) if by[row] == MODEL and number is not None else {}
             for place_, item in enumerate(best):
