@@ -197,10 +197,21 @@ def hiformer_odds(model: Hiformer, e: Tensor, heads: int) -> Tensor:
 def test_hiformer_is_its_equations(projection: str, rank: int, pruned: bool) -> None:
     config = HiformerConfig(embed_dim=6, layers=2, projection=projection, rank=rank, pruned=pruned)  # type: ignore[arg-type]
     model, data = made(Hiformer, config), batch()
+    weights = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    parameters = list(model.parameters())
     found = model(data)
-    for row in range(6):
-        e = torch.cat([model.task[None], tokens(model.vectors, data, row)])
-        assert abs(float(found[row] - hiformer_odds(model, e, 2))) < 1e-11
+    expected = torch.stack(
+        [hiformer_odds(model, torch.cat([model.task[None], tokens(model.vectors, data, row)]), 2) for row in range(6)]
+    )
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    ours = torch.autograd.grad(found @ weights, parameters, allow_unused=True)
+    theirs = torch.autograd.grad(expected @ weights, parameters, allow_unused=True)
+    for mine, other in zip(ours, theirs):
+        # What nothing reads has no gradient in one form and zeros in the other.
+        mine, other = (torch.zeros(1, dtype=torch.float64) if one is None else one for one in (mine, other))
+        torch.testing.assert_close(*torch.broadcast_tensors(mine, other), atol=1e-10, rtol=0)
+    single = model.float()(batch(dtype=torch.float32))
+    torch.testing.assert_close(single.double(), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("projection", ["composite", "heterogeneous", "shared"])
