@@ -23,6 +23,7 @@ _PUBLIC = {
     "gather_attention": "core_attn.ops.gather",
     "gated_linear_attention": "core_attn.ops.gated_linear",
     "gated_linear_step": "core_attn.ops.gated_linear",
+    "joint_attention": "core_attn.ops.joint",
     "kernel_attention": "core_attn.ops.kernel",
     "kernel_step": "core_attn.ops.kernel",
     "landmark_attention": "core_attn.ops.landmark",
