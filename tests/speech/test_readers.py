@@ -140,7 +140,8 @@ def test_names_like_librispeechs_tell_the_speaker(tmp_path: Path) -> None:
         sound(tmp_path / f"{name}.flac")
     assert speakers(read_any(tmp_path, SpeechDataConfig(val=0, test=0))) == {"train": {"19", "26"}}
     sound(tmp_path / "hello.wav")
-    with pytest.raises(UserError, match=r"hello\.wav: whose voice is this"):
+    write(tmp_path / "other.wav", np.zeros(8000, dtype=np.float32), 8000)
+    with pytest.raises(UserError, match=r"hello\.wav \(and 1 more\): whose voice is this"):
         read_any(tmp_path, ARGS)
 
 
@@ -278,6 +279,35 @@ def test_mixtures_without_parts_are_shared_out_and_say_so(tmp_path: Path) -> Non
     found = read_any(tmp_path, SpeechDataConfig(val=0.1, test=0.2))
     assert {part: len(ones) for part, ones in found.mixtures.items()} == {"train": 14, "val": 2, "test": 4}
     assert any("the same voice may be in two parts" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("names", [("mix", "s1", "s2"), ("mixture", "source1", "source2"), ("mix", "spk1", "spk2")])
+def test_one_folder_of_mixtures_and_voices(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for item in ("item_0", "item_1"):
+        for number, name in enumerate(names):
+            sound(tmp_path / f"{item}_{name}.wav", number)
+        sound(tmp_path / f"{item}_{names[1]}hat.wav", 7)
+    found = read_any(tmp_path, SpeechDataConfig(test=1.0)).mixtures
+    assert [one.name for one in found["test"]] == ["item_0", "item_1"]
+    assert list(found) == ["test"]
+    assert found["test"][1].mixture == tmp_path / f"item_1_{names[0]}.wav"
+    assert found["test"][1].sources == tuple(tmp_path / f"item_1_{name}.wav" for name in names[1:])
+
+
+def test_everything_may_be_for_test(tmp_path: Path) -> None:
+    for name in "abcd":
+        sound(tmp_path / name / "1.wav")
+    found = read_any(tmp_path, SpeechDataConfig(test=1.0))
+    assert speakers(found) == {"test": set("abcd")}
+    assert found.notes == ["4 speakers held out for test"]
+
+
+def test_voices_of_the_test_part_that_are_in_training_are_told(tmp_path: Path) -> None:
+    for part, names in {"tr": "1_2", "tt": "2_3"}.items():
+        first, second = names.split("_")
+        mixture_folder(tmp_path / part, [f"{first}-1-1_{second}-1-1"])
+    notes = read_any(tmp_path, ARGS).notes
+    assert notes == ["1 of the 2 voices of the test part are in training too"]
 
 
 def test_what_is_wrong_with_mixtures(tmp_path: Path) -> None:

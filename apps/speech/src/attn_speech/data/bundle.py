@@ -98,8 +98,10 @@ def check_options(args: SpeechDataConfig) -> None:
         (not 0 <= args.speed <= 0.5, "speed is 0 to 0.5", args.speed),
         (not 0 <= args.reverb <= 1, "reverb is a share from 0 to 1", args.reverb),
         (not 0 <= args.val < 1, "val is a share from 0 to below 1", args.val),
-        (not 0 <= args.test < 1, "test is a share from 0 to below 1", args.test),
-        (min(args.mixtures, args.val_mixtures, args.test_mixtures) < 0, "numbers of mixtures are 0 or more", "less"),
+        (not 0 <= args.test <= 1, "test is a share from 0 to 1", args.test),
+        (args.mixtures < 0, "mixtures is 0 or more", args.mixtures),
+        (args.val_mixtures < 0, "val_mixtures is 0 or more", args.val_mixtures),
+        (args.test_mixtures < 0, "test_mixtures is 0 or more", args.test_mixtures),
     ]
     for bad, rule, got in wrong:
         if bad:

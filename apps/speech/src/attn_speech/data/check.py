@@ -10,6 +10,7 @@ import numpy as np
 from attn_shared.errors import UserError
 from attn_speech.audio import SUFFIXES, read, rms
 from attn_speech.data.corpus import Corpus, Mixture
+from attn_speech.data.folders import sound_files
 from attn_speech.data.options import SpeechDataConfig
 from attn_speech.data.readers import SHORTEST, read_any
 
@@ -31,7 +32,9 @@ def check_file(path: Path) -> list[str]:
     try:
         corpus = read_any(path, SpeechDataConfig(), problems.append)
     except UserError as error:
-        return [*_some(problems), str(error)]
+        if path.is_dir() and problems:  # recordings of nobody known may still be faulty
+            problems += [problem for one in sound_files(path) for problem in check_sound(one)]
+        return [*_some([*dict.fromkeys(problems)]), str(error)]
     for one in _files(corpus):
         problems += check_sound(one)
     for part, voices in corpus.utterances.items():

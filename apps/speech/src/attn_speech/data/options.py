@@ -23,7 +23,7 @@ class SpeechDataConfig:
         mixtures: mixtures made of each epoch's training utterances; 0 = one for each utterance.
         val_mixtures, test_mixtures: mixtures made once, by `shuffle`, for validation and test.
         val: share of the training speakers held out for validation, where the data set has no such part.
-        test: share of the speakers held out for test, where it has none.
+        test: share of the speakers held out for test, where it has none; 1 = all, such as to evaluate files.
         shuffle: seed of the splits and of the fixed mixtures.
     """
 

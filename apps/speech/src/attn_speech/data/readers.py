@@ -23,6 +23,7 @@ SHORTEST = 0.25  # seconds of an utterance
 _MIX_FOLDERS = ("mix_clean", "mix", "mixture", "mixtures", "mix_both", "mix_single")
 _SOURCE_FOLDERS = (("s1", "s2", "s3"), ("source1", "source2", "source3"), ("spk1", "spk2", "spk3"))
 _LIBRISPEECH = re.compile(r"\d+-\d+-\d+")
+_FLAT = re.compile(r"(.+?)[_-](mix|mixture|noise|(?:s|source|spk)([1-9]))")
 _SEXES = {"f": "F", "female": "F", "w": "F", "woman": "F", "m": "M", "male": "M", "man": "M"}
 
 Fault = Callable[[str], None]
@@ -63,6 +64,8 @@ def read_any(path: Path, args: SpeechDataConfig, fault: Fault = refuse) -> Corpu
     root = _mixture_root(path, args)
     if root is not None:
         return read_mixture_folders(root, args, fault)
+    if _flat_mixtures(path):
+        return read_flat_mixtures(path, args, fault)
     return read_speaker_folders(path, args, fault)
 
 
@@ -102,6 +105,7 @@ def read_speaker_folders(folder: Path, args: SpeechDataConfig, fault: Fault = re
         notes.append(f"folders that are no part were left out: {', '.join(others)}")
     found: list[tuple[Part | None, Utterance]] = []
     sexes = _sexes(folder)
+    nobodys: list[Path] = []
     for part, place in places:
         for path in sound_files(place):
             steps = path.relative_to(place).parts
@@ -110,14 +114,17 @@ def read_speaker_folders(folder: Path, args: SpeechDataConfig, fault: Fault = re
             elif _LIBRISPEECH.fullmatch(path.stem):
                 speaker = path.stem.partition("-")[0]
             else:
-                fault(
-                    f"{path}: whose voice is this? Put each speaker's files into a folder of its own, or name files "
-                    "and speakers in a CSV"
-                )
+                nobodys.append(path)
                 continue
             head = _head(path, fault)
             if head is not None:
                 found.append((part, _utterance(path, speaker, sexes.get(speaker, ""), head)))
+    if nobodys:
+        more = f" (and {len(nobodys) - 1} more)" if len(nobodys) > 1 else ""
+        fault(
+            f"{nobodys[0]}{more}: whose voice is this? Put each speaker's files into a folder of its own, or name "
+            "files and speakers in a CSV"
+        )
     if not found:
         raise UserError(f"{folder} holds no speech that can be read ({', '.join(SUFFIXES[:4])}, … by speaker)")
     corpus = _by_parts(folder.name, found, args, fault)
@@ -182,8 +189,11 @@ def _by_parts(
         taken = _hold_out(parts["train"], shares[part], args, part)
         parts[part] = [one for one in parts["train"] if one.speaker in taken]
         parts["train"] = [one for one in parts["train"] if one.speaker not in taken]
+        what = "validation" if part == "val" else part
         if taken:
-            corpus.notes.append(f"{len(taken)} speakers held out for {'validation' if part == 'val' else part}")
+            corpus.notes.append(f"{len(taken)} speakers held out for {what}")
+        elif shares[part] and parts["train"]:
+            corpus.notes.append(f"there are too few speakers to hold any out for {what}")
     corpus.utterances.update({part: ones for part, ones in parts.items() if ones})
     _note_rates(corpus, args)
     return corpus
@@ -202,11 +212,9 @@ def _separate(parts: dict[Part, list[Utterance]], fault: Fault) -> None:
 
 def _hold_out(utterances: Sequence[Utterance], share: float, args: SpeechDataConfig, part: Part) -> set[str]:
     """Speakers for another part: `share` of each sex, together at least as many as a mixture has voices."""
-    if not 0 <= share < 1:
-        raise UserError(f"data_args.{part} is a share from 0 to below 1, got {share:g}")
-    if share == 0:
-        return set()
     sexes = {one.speaker: one.sex for one in utterances}
+    if share in (0, 1):
+        return set(sexes) if share else set()
     order = [
         sorted(sexes)[i] for i in np.random.default_rng(derive(args.shuffle, "split", part)).permutation(len(sexes))
     ]
@@ -315,6 +323,34 @@ def read_mixture_folders(folder: Path, args: SpeechDataConfig, fault: Fault = re
     return _mixtures_by_parts(_title(folder), found, args)
 
 
+def read_flat_mixtures(folder: Path, args: SpeechDataConfig, fault: Fault = refuse) -> Corpus:
+    """One folder of files NAME_mix, NAME_s1, NAME_s2 (NAME_s3, NAME_noise); also NAME_mixture and NAME_source1.
+
+    Raises:
+        UserError: no mixture that can be read.
+    """
+    found: list[tuple[Part | None, Mixture]] = []
+    for name, files in _flat_mixtures(folder).items():
+        sources = tuple(files[f"s{i}"] for i in range(1, 4) if f"s{i}" in files)
+        one = _mixture(name, files.get("mix"), sources, files.get("noise"), fault)
+        if one is not None:
+            found.append((None, one))
+    if not found:
+        raise UserError(f"{folder} holds no mixture that can be read")
+    return _mixtures_by_parts(folder.name, found, args)
+
+
+def _flat_mixtures(folder: Path) -> dict[str, dict[str, Path]]:
+    """Name -> what ("mix", "s1", "s2", …, "noise") -> file, of names with two voices or more."""
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    for path in sorted(folder.iterdir()):
+        match = _FLAT.fullmatch(path.stem)
+        if match and path.suffix.lower() in SUFFIXES:
+            name, what, number = match.groups()
+            found[name][f"s{number}" if number else what.removesuffix("ture")] = path
+    return {name: files for name, files in found.items() if {"s1", "s2"} <= set(files)}
+
+
 def _title(folder: Path) -> str:
     """The name of a data set: not that of a folder like wav8k/min."""
     for one in (folder, *folder.parents):
@@ -353,20 +389,25 @@ def _mixture(
         mixture=mixture,
         sources=sources,
         noise=noise,
-        speakers=speakers or _wsj0_speakers(name, len(sources)),
+        speakers=speakers or _named_speakers(name.rpartition("/")[2], len(sources)),
         sexes=sexes,
         frames=min(lengths),
         rate=known[0].rate,
     )
 
 
-def _wsj0_speakers(name: str, count: int) -> tuple[str, ...]:
-    """Speakers of wsj0-mix: "01aa010k_1.3053_01po0310_-1.3053" -> 01a, 01p; () of other names."""
-    cells = name.rpartition("/")[2].split("_")
+def _named_speakers(name: str, count: int) -> tuple[str, ...]:
+    """Speakers by the names that wsj0-mix and LibriMix give to files; () of other names.
+
+    "01aa010k_1.3053_01po0310_-1.3053" is of 01a and 01p, "4077-13754-0001_5142-33396-0065" of 4077 and 5142.
+    """
+    cells = name.split("_")
+    if len(cells) == count and all(_LIBRISPEECH.fullmatch(cell) for cell in cells):
+        return tuple(cell.partition("-")[0] for cell in cells)
     words, numbers = cells[::2], cells[1::2]
-    if len(words) != count or len(numbers) != count or not all(re.fullmatch(r"-?\d+(\.\d+)?", n) for n in numbers):
-        return ()
-    return tuple(word[:3] for word in words)
+    if len(words) == len(numbers) == count and all(re.fullmatch(r"-?\d+(\.\d+)?", one) for one in numbers):
+        return tuple(word[:3] for word in words)
+    return ()
 
 
 def _mixtures_by_parts(name: str, found: Sequence[tuple[Part | None, Mixture]], args: SpeechDataConfig) -> Corpus:
@@ -383,8 +424,12 @@ def _mixtures_by_parts(name: str, found: Sequence[tuple[Part | None, Mixture]], 
         shares = {"test": order[:test], "val": order[test : test + val], "train": order[test + val :]}
         for part in PARTS:
             parts[part] += [loose[i] for i in sorted(shares[part])]
-        corpus.notes.append("mixtures were shared out by chance: the same voice may be in two parts")
+        if sum(map(bool, parts.values())) > 1:
+            corpus.notes.append("mixtures were shared out by chance: the same voice may be in two parts")
     corpus.mixtures.update({part: ones for part, ones in parts.items() if ones})
+    known = {part: {who for one in ones for who in one.speakers if who} for part, ones in parts.items()}
+    if shared := known["train"] & known["test"]:
+        corpus.notes.append(f"{len(shared)} of the {len(known['test'])} voices of the test part are in training too")
     _note_rates(corpus, args)
     return corpus
 
@@ -505,7 +550,7 @@ def _read_mixtures(path: Path, args: SpeechDataConfig, fault: Fault) -> Corpus:
                 tuple(_find(table, name) for name in names),
                 _find(table, noise) if noise else None,
                 fault,
-                speakers=_listed(cells, "speaker", count) or _libri_speakers(cells.get("mixture_id", ""), count),
+                speakers=_listed(cells, "speaker", count) or _named_speakers(cells.get("mixture_id", ""), count),
                 sexes=tuple(_sex(text) for text in _listed(cells, "sex", count)),
             )
             if one is not None:
@@ -533,11 +578,3 @@ def _sisters(path: Path) -> list[tuple[Part | None, Path]]:
 def _listed(cells: dict[str, str], name: str, count: int) -> tuple[str, ...]:
     values = tuple(cells.get(f"{name}_{i}", "") for i in range(1, count + 1))
     return values if any(values) else ()
-
-
-def _libri_speakers(name: str, count: int) -> tuple[str, ...]:
-    """Speakers of LibriMix: "4077-13754-0001_5142-33396-0065" -> 4077, 5142; () of other names."""
-    words = name.split("_")
-    if len(words) != count or not all(_LIBRISPEECH.fullmatch(word) for word in words):
-        return ()
-    return tuple(word.partition("-")[0] for word in words)
