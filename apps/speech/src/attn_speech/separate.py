@@ -33,7 +33,9 @@ def separate(
     Yields:
         (n,) mixture and (C, n) voices, together exactly as long as what came in.
     """
-    if chunk:
+    if not chunk:
+        pieces = [np.concatenate([np.zeros(0, np.float32), *pieces])]
+    else:
         overlap = max(1, round(min(overlap, chunk / 2) / network.stride)) * network.stride
         chunk = max(2 * overlap, round(chunk / network.stride) * network.stride)
     hop = chunk - overlap
