@@ -101,6 +101,35 @@ def test_a_flac_file_that_stops_early_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("suffix", [".wav", ".rf64", ".w64", ".aiff", ".au", ".caf"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "ULAW"])
+def test_the_announced_length_is_compared_in_every_container(tmp_path: Path, suffix: str, subtype: str) -> None:
+    path = write(tmp_path / f"a{suffix}", np.stack([tone(1, 8000)] * 2), 8000, subtype=subtype)
+    assert info(path).frames == 8000
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match=r"is cut short: it holds \d+ of the 8000|cannot be read"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3", ".aiff", ".w64", ".caf", ".au", ".rf64"])
+def test_damaged_files_end_in_samples_or_in_one_sentence(tmp_path: Path, suffix: str) -> None:
+    random = np.random.default_rng(0)
+    raw = write(tmp_path / f"a{suffix}", random.uniform(-0.5, 0.5, (2, 3000)).astype(np.float32), 16000).read_bytes()
+    path = tmp_path / f"b{suffix}"
+    for trial in range(45):
+        wrong = bytearray(raw)
+        for place in random.integers(0, (100, len(raw))[trial % 2], size=random.integers(1, 9)):
+            wrong[place] = random.integers(256)
+        path.write_bytes(wrong[: random.integers(len(raw))] if trial % 3 == 0 else wrong)
+        try:
+            samples, problem = read(path)[0], ""
+        except UserError as error:
+            samples, problem = np.zeros(0), str(error)
+        assert np.isfinite(samples).all()
+        assert "\n" not in problem
+
+
 @pytest.mark.parametrize("length", [0, 0xFFFFFFFF])
 def test_a_wav_written_into_a_pipe_is_read(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "a.wav", tone(1, 8000), 8000)

@@ -23,6 +23,7 @@ from attn_shared.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".rf64", ".caf")
 _QUALITY = "HQ"
+_PIECE = 1 << 22  # samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def _info(path: Path, file: soundfile.SoundFile) -> SoundInfo:
     found = SoundInfo(
         frames=file.frames, rate=file.samplerate, channels=file.channels, format=file.format, subtype=file.subtype
     )
-    announced = _announced(path)
+    announced = _announced(path, file)
     if announced is not None and announced > found.frames:
         raise UserError(_cut_short(path, found.frames, announced))
     return found
@@ -92,27 +93,67 @@ def _cut_short(path: Path, there: int, announced: int) -> str:
     return f"{path} is cut short: it holds {there} of the {announced} samples that its header announces"
 
 
-def _announced(path: Path) -> int | None:
-    """Samples that the header of a RIFF file announces; None where it is no RIFF file or does not say.
+# Bytes of a sample in formats where they are all alike.
+_WIDTHS = {
+    "PCM_S8": 1,
+    "PCM_U8": 1,
+    "ULAW": 1,
+    "ALAW": 1,
+    "PCM_16": 2,
+    "PCM_24": 3,
+    "PCM_32": 4,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+}
+# Container -> byte order, bytes before the first chunk, and of each chunk: name, length, whether the length counts
+# both, to how many bytes it is rounded up. Of the samples' chunk: its name, bytes before the first sample.
+_CHUNKS = {
+    b"RIFF": ("<", 12, 4, 4, False, 2, b"data", 0),
+    b"RF64": ("<", 12, 4, 4, False, 2, b"data", 0),
+    b"RIFX": (">", 12, 4, 4, False, 2, b"data", 0),
+    b"FORM": (">", 12, 4, 4, False, 2, b"SSND", 8),
+    b"caff": (">", 8, 4, 8, False, 1, b"data", 4),
+    b"riff": ("<", 40, 16, 8, True, 8, b"data", 0),  # Sony's Wave64
+}
+
+
+def _announced(path: Path, file: soundfile.SoundFile) -> int | None:
+    """Samples of each channel that the header announces; None where it does not say.
 
     libsndfile silently corrects the length of a file that was cut off.
     """
+    block = _WIDTHS.get(file.subtype, 0) * file.channels
+    size = _announced_bytes(path) if block else None
+    return None if size is None else size // block
+
+
+def _announced_bytes(path: Path) -> int | None:
+    """Length of the samples in a file of chunks, as its header says."""
     with path.open("rb") as file:
-        head = file.read(12)
-        if len(head) < 12 or head[:4] not in (b"RIFF", b"RIFX") or head[8:] != b"WAVE":
+        kind = file.read(4)
+        if kind == b".snd":
+            size = int.from_bytes(file.read(8)[4:], "big")
+            return size if size != 0xFFFFFFFF else None
+        if kind not in _CHUNKS:
             return None
-        order, block = ("<" if head[:4] == b"RIFF" else ">"), 0
-        while len(chunk := file.read(8)) == 8:
-            name, size = chunk[:4], struct.unpack(order + "I", chunk[4:])[0]
-            if name == b"fmt " and size >= 16:
-                fields = struct.unpack(order + "HHIIHH", file.read(16))
-                # Only plain numbers have as many bytes a sample as the header says: PCM, float, or extensible.
-                block = fields[4] if fields[0] in (1, 3, 0xFFFE) else 0
-                size -= 16
-            elif name == b"data":
+        order, first, named, counted, both, rounded, wanted, before = _CHUNKS[kind]
+        file.seek(first)
+        there = path.stat().st_size
+        large = 0  # of RF64 the true length, in a chunk of its own
+        while len(head := file.read(named + counted)) == named + counted:
+            name, size = head[:4], struct.unpack(order + ("I" if counted == 4 else "Q"), head[named:])[0]
+            size -= named + counted if both else 0
+            if name == wanted:
+                if kind == b"RF64" and size == 0xFFFFFFFF:
+                    size = large
                 # Programs that write into a pipe leave the length at 0 or at the largest number.
-                return size // block if block and 0 < size < 0x7FFFFF00 else None
-            file.seek(size + size % 2, os.SEEK_CUR)
+                return size - before if 0 < size < (0x7FFFFF00 if counted == 4 and not large else 1 << 62) else None
+            if not 0 <= size < there:
+                return None
+            here = file.tell()
+            if name == b"ds64" and size >= 16:
+                large = int.from_bytes(file.read(16)[8:], "little")
+            file.seek(here + size + -size % rounded)
     return None
 
 
@@ -139,9 +180,13 @@ def read(path: Path, start: int = 0, frames: int | None = None, *, mono: bool = 
         try:
             if start:
                 file.seek(start)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            # In pieces: a damaged header may announce more than fits in memory.
+            pieces = [file.read(min(wanted, _PIECE), dtype="float32", always_2d=True)]
+            while len(pieces[-1]) == _PIECE and (done := _PIECE * len(pieces)) < wanted:
+                pieces.append(file.read(min(wanted - done, _PIECE), dtype="float32", always_2d=True))
         except (soundfile.SoundFileError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {_reason(error)}") from None
+    samples = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     return _checked(path, samples, start, wanted, head, mono), head.rate
 
 
