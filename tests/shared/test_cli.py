@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attn_shared import options
+from attn_shared.errors import UserError
+
 QUIET = """
 import sys
 sys.path.insert(0, {toy!r})
@@ -58,6 +61,9 @@ def test_answers_without_torch(toy):
         (["train", "--lr", "3"], "unknown option --lr; did you mean --optim.lr?"),
         (["train", "--model_args.widht=3"], "did you mean --model_args.width?"),
         (["train", "--trainer.max_epochs", "many"], "--trainer.max_epochs takes int, got many"),
+        (["train", "--trainer.patience", "many"], "--trainer.patience takes int or null, got many"),
+        (["predict", ".", "points", "--output", "x"], "`toyapp eval . --data points` scores it"),
+        (["data", "check", "points", "--data_args.x", "1"], "unknown option --data_args.x"),
         (["train", "--trainer.precision", "12"], "--trainer.precision takes one of 32-true"),
         (["train", "--seed"], "--seed needs a value"),
         (["train", "points"], "train takes options only"),
@@ -80,6 +86,28 @@ def test_mistakes_are_answered_in_one_sentence(toy, capsys, argv, said):
     assert said in err
     assert err.count("\n") == 1
     assert not list(toy.folder.iterdir())
+
+
+def test_lists_may_be_written_with_commas():
+    known = [options.Option("a.words", list[str] | None, None), options.Option("a.numbers", list[float], [1.0])]
+    for text, expected in (
+        ("x", ["x"]),
+        ("x, y", ["x", "y"]),
+        ("[x, y]", ["x", "y"]),
+        ("2019,2020", ["2019", "2020"]),
+        ("[yes, 1.0]", ["yes", "1.0"]),
+        ("null", None),
+        ("[]", []),
+    ):
+        assert options.typed(known, {}, [f"--a.words={text}"])["a.words"] == expected, text
+    for text in ("0.1,0.9", "[0.1, 0.9]"):
+        assert options.typed(known, {}, [f"--a.numbers={text}"])["a.numbers"] == [0.1, 0.9]
+    for line, said in (
+        ("--a.numbers=0.1,x", "--a.numbers takes float, got x"),
+        ("--a.words=[x", "--a.words takes list"),
+    ):
+        with pytest.raises(UserError, match=said):
+            options.typed(known, {}, [line])
 
 
 def test_a_key_of_a_configuration_file_is_checked(toy, capsys):

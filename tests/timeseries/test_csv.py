@@ -370,6 +370,25 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_table(tmp_path, ForecastDataConfig())
 
 
+@pytest.mark.parametrize("number", ["1.234,50", "1 234,5", "1'234.5", "12\u00a0345"])
+def test_marks_between_thousands_are_named(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_text("\n".join(["date;a", *(f"{day};{number}" for day in days(12))]))
+    with pytest.raises(UserError, match="'a' have marks between thousands"):
+        read_table(path, ForecastDataConfig())
+    path.write_text("\n".join(["date;a", *(f"{day};{i},5" for i, day in enumerate(days(12))), f"2024-01-13;{number}"]))
+    with pytest.raises(UserError, match=r"excel\.csv:14: .* is not a number; write numbers without marks between"):
+        read_table(path, ForecastDataConfig())
+
+
+def test_the_hour_that_comes_twice_needs_an_offset(tmp_path: Path) -> None:
+    hours = pd.date_range("2024-10-26 12:00", periods=24, freq="h", tz="Europe/Berlin").strftime("%Y-%m-%d %H:%M")
+    path = tmp_path / "clock.csv"
+    path.write_text("\n".join(["time,a", *(f"{hour},{i}" for i, hour in enumerate(hours))]))
+    with pytest.raises(UserError, match="if the clock was put back, write times with their offset"):
+        read_table(path, ForecastDataConfig())
+
+
 def test_check_file_reports_without_raising(tmp_path: Path) -> None:
     good, gaps, bad = (tmp_path / name for name in ("good.csv", "gaps.csv", "bad.csv"))
     good.write_text(table(plain()))

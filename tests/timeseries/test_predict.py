@@ -92,6 +92,11 @@ def test_missing_column_is_named(task: ForecastTask, tmp_path: Path) -> None:
         predict(task, frame(rows=21)[["date", "a"]], tmp_path)
 
 
+def test_a_column_without_a_number_is_named(task: ForecastTask, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="column 'b' holds no number at all, and the model forecasts it from its past"):
+        predict(task, frame(rows=21).assign(b=None), tmp_path)
+
+
 def test_too_short_history(task: ForecastTask, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"new\.csv: the history has 10 steps and the model looks back 14"):
         predict(task, frame(rows=10), tmp_path)

@@ -262,6 +262,8 @@ FORMS = {
     "matrix with names, in another order": ",c,a,b\nc,0,,200\na,900,0,100\nb,200,100,0\n",
     "edges": "from,to,distance\na,b,100\nb,a,100\nb,c,200\nc,b,200\na,c,900\n",
     "edges, another order of columns": "cost;to;from\n100;b;a\n100;a;b\n200;c;b\n200;b;c\n900;c;a\n",
+    "edges, decimal commas": "from;to;distance\na;b;100,0\nb;a;100,0\nb;c;200,0\nc;b;2e2\na;c;900\n",
+    "matrix, decimal commas": "0;100,0;900\n100,0;0;200,0\n900;200,0;0\n",
     "more sensors than the table": "from,to,distance\na,b,100\nb,a,100\nb,c,200\nc,b,200\na,c,900\nz,a,5\n",
 }
 
@@ -293,6 +295,7 @@ def test_weights_stay_as_they_are(tmp_path: Path) -> None:
         ("", "is empty"),
         ("0,1\n1,0\n", "the matrix has 2 rows and there are 3 sensors"),
         ("0,1,2\n1,0,3\n", "the matrix has 2 rows"),
+        ("0,1,2,3\n1,0,3,4\n2,3,0,5\n3,4,5,0\n", "has 4 rows and there are 3 sensors in the table; with a header of"),
         ("0,1,2\n1,0\n2,3,0\n", r"graph\.csv:2: the row has 2 numbers"),
         ("0,1,2\n1,0,x\n2,3,0\n", r"graph\.csv:2: 'x' is not a number"),
         ("0,1,2\n1,0,-3\n2,3,0\n", r"graph\.csv:2: the graph holds -3"),
@@ -434,6 +437,13 @@ def test_data_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "roads.graph.csv").write_text("from,to,weight\na,b,much\n")
     assert main(["data", "check", str(path)]) != 0
     assert "roads.graph.csv:2: 'much' is not a number" in capsys.readouterr().out
+    # Options of the data; a graph of distances is nothing wrong.
+    path = write(tmp_path, graph=False, name="plain")
+    (tmp_path / "far.csv").write_text("from,to,distance\na,b,100\nb,c,200\na,c,900\n")
+    assert main(["data", "check", str(path), "--kind", "traffic", "--data_args.graph", str(tmp_path / "far.csv")]) == 0
+    capsys.readouterr()
+    assert main(["data", "check", str(path), "--kind", "traffic", "--data_args.graph", str(tmp_path / "no.csv")]) == 2
+    assert "there is no graph" in capsys.readouterr().out
 
 
 def test_train_evaluate_and_predict(
@@ -466,7 +476,14 @@ def test_train_evaluate_and_predict(
     capsys.readouterr()
     assert main(["predict", str(run), str(tmp_path / "short.csv"), "--output", str(tmp_path / "out2")]) != 0
     assert "only 3 follow the last jump" in capsys.readouterr().err
-    assert not list((tmp_path / "out2").glob("*"))
+    assert not (tmp_path / "out2").exists()
+
+    # A sensor that is silent all along is carried by its training mean.
+    speeds(3, seed=4).assign(b=np.nan).to_csv(tmp_path / "silent.csv", index=False)
+    assert main(["predict", str(run), str(tmp_path / "silent.csv"), "--output", str(tmp_path / "out2")]) == 0
+    assert pd.read_csv(tmp_path / "out2" / "silent_forecast.csv")[SENSORS].notna().all().all()
+    with pytest.raises(UserError, match=r"column 'b' holds no number at all; leave it out with --data_args\.columns"):
+        load(tmp_path / "silent.csv")
 
 
 class TestRealData:

@@ -154,7 +154,8 @@ class App:
         data_config, task_config, default_model, default_data, task, predict_options: as in `Kind`.
         file_formats: one paragraph on the user's own files, shown by `data check --help` and `data list`.
         file_suffixes: suffixes that make `--data PATH` a file of the user's own rather than a data set's name.
-        check_file: "module:function" (path) -> list of problem sentences, for `data check PATH`.
+        check_file: "module:function" (path) -> list of problem sentences, for `data check PATH`; (path, args) where
+            it takes the dataclass of the options of the data too, None for the defaults.
         commands: further subcommands: name -> "module:function" taking (argv: list[str]) -> int, with a help line.
     """
 

@@ -367,7 +367,8 @@ def _predict(app: App, argv: list[str]) -> int:
         raise UserError("predict needs one or more input files after the run")
     for file in inputs:
         if not file.exists():
-            raise UserError(f"there is no file {file}")
+            hint = f"; {file} is a data set: `{app.name} eval {source} --data {file}` scores it"
+            raise UserError(f"there is no file {file}{hint if str(file) in app.datasets else ''}")
     names = {option.name for option in own}
     given = [(name, text) for name, text in parsed.options if name in names]
     overrides = {name: text for name, text in parsed.options if name not in names}
@@ -399,7 +400,7 @@ def _source(parsed: Parsed, command: str) -> str:
 
 
 def _data(app: App, argv: list[str]) -> int:
-    usage = f"usage: {app.name} data list | fetch NAME | check NAME_OR_PATH"
+    usage = f"usage: {app.name} data list | fetch NAME | check NAME_OR_PATH [--data_args.X VALUE]"
     if _wants_help(argv) or not argv:
         print(f"{usage}\n\nData is looked up under $ATTN_DATA (default: data/ here).")
         if app.file_formats:
@@ -417,9 +418,11 @@ def _data(app: App, argv: list[str]) -> int:
         print(datasets.fetch(app.dataset(names[0])))
         return 0
     if action == "check":
+        parsed = options.split(names)
+        names = parsed.words
         _count(names, 1, usage)
         options.check_data_name(app, names[0])
-        problems = datasets.check(app, names[0])
+        problems = datasets.check(app, names[0], options.data_args(app, names[0], parsed))
         for problem in problems:
             print(problem)
         if not problems:

@@ -5,11 +5,13 @@ Imports no torch: these commands answer at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attn_shared.app import App, DataCard, DataFile, load
 from attn_shared.download import download, readable, sha256
@@ -165,13 +167,18 @@ def describe(card: DataCard) -> str:
     return "\n".join(lines)
 
 
-def check(app: App, name_or_path: str) -> list[str]:
+def check(app: App, name_or_path: str, args: Any = None) -> list[str]:
     """What is wrong with a data set or with a file of the user's own, a sentence each; empty when nothing is.
+
+    Args:
+        args: options of a file, the dataclass of its kind's `data_args`; None = the defaults.
 
     Raises:
         UserError: neither a data set of the app nor a file.
     """
     if name_or_path in app.datasets:
+        if args is not None:
+            raise UserError(f"{name_or_path} is a data set; options are for files of one's own")
         return verify(app.datasets[name_or_path])
     path = Path(name_or_path).expanduser()
     looks_like_file = path.suffix.lower() in app.file_suffixes or len(path.parts) > 1
@@ -182,7 +189,13 @@ def check(app: App, name_or_path: str) -> list[str]:
     if not app.check_file:
         raise UserError(f"{app.name} takes no files of one's own; its data sets: {', '.join(app.datasets)}")
     try:
-        problems: list[str] = load(app.check_file)(path)
+        checker = load(app.check_file)
+        if args is None:
+            problems: list[str] = checker(path)
+        elif len(inspect.signature(checker).parameters) > 1:
+            problems = checker(path, args)
+        else:
+            raise UserError(f"`{app.name} data check` takes no options of files")
     except UserError as error:
         return [str(error)]
     return problems

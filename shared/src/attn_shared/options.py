@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import json
 import re
 import types
 import typing
@@ -385,6 +386,23 @@ def _run_config(
     )
 
 
+def data_args(app: App, data: str, parsed: Parsed) -> Any:
+    """The dataclass of `--data_args` options of a file, as its kind of task (`--kind`) has them; None without any.
+
+    Raises:
+        UserError: an unknown option or a wrong value.
+    """
+    named = parsed.take("kind") if app.several else None
+    kind = app.kind(data, named)
+    known = list(dataclass_options("data_args", kind.data_config))
+    check_options(parsed, [option.name for option in known])
+    if not parsed.options and named is None:
+        return None
+    return _build(
+        kind.data_config, "data_args", typed(known, {}, [f"--{name}={text}" for name, text in parsed.options])
+    )
+
+
 def check_data_name(app: App, data: str) -> None:
     """Refuse a `--data` that is neither a data set nor a file of the app's kinds."""
     suffixes = app.file_suffixes
@@ -437,12 +455,43 @@ def _dump(value: Any) -> str:
 def typed(options: Sequence[Option], values: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
     """Defaults, then `values`, then command-line `lines`, each checked against the option's type."""
     parser = make_parser("", options)
+    lists = {option.name: parts for option in options if (parts := _list_parts(option.type))}
     try:
         space = parser.parse_object(_nest(values))
-        space = parser.parse_args(list(lines), namespace=space)
+        space = parser.parse_args([_list_line(line, lists) for line in lines], namespace=space)
     except Exception as error:  # jsonargparse raises ArgumentError, NSKeyError, TypeError by version and place
         raise UserError(_one_sentence(str(error))) from None
     return {option.name: space[option.name] for option in options}
+
+
+def _list_parts(kind: Any) -> Any:
+    """What the elements of a list option are: the T of list[T] or list[T] | None; None for any other option."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    found = [part for part in (typing.get_args(kind) if union else (kind,)) if part is not type(None)]
+    if len(found) == 1 and typing.get_origin(found[0]) is list:
+        return typing.get_args(found[0])[0]
+    return None
+
+
+def _list_line(line: str, lists: Mapping[str, Any]) -> str:
+    """`--columns=a,b` as `--columns=["a", "b"]`; names that look like numbers stay text."""
+    name, _, text = line.removeprefix("--").partition("=")
+    if name not in lists or text.strip().lower() in ("null", "none"):
+        return line
+    inside = text.strip()
+    if not inside.startswith("["):
+        parts: Any = [part.strip() for part in inside.split(",") if part.strip()]
+    elif lists[name] is not str:
+        return line
+    else:
+        try:
+            parts = yaml.load(inside, Loader=yaml.BaseLoader)  # every scalar as text
+        except yaml.YAMLError:
+            return line
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            return line
+    shown = parts if lists[name] is str else [_scalar(part) for part in parts]
+    return f"--{name}={json.dumps(shown, ensure_ascii=False)}"
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -495,7 +544,12 @@ def _one_sentence(message: str) -> str:
     if not match:
         return message
     name, rest = match.groups()
-    wrong = re.search(r"Got value: (.*?)(?: Subtypes|$)", rest)
+    wrong = re.search(r"Got value: (.*?)(?: Subtypes| - Expected|$)", rest)
+    union = re.search(r"any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", rest)
+    if union and not wrong:
+        kinds = re.sub(r"<class '([\w.]+)'>", r"\1", union.group(1)).replace("typing.", "").split(", ")
+        shown = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
+        return f"--{name} takes {shown}, got {union.group(2)}"
     wanted = re.search(r"Expected a (.*?)\. Got value", rest)
     if wrong and wanted:
         kind = re.sub(r"<class '([\w.]+)'>", r"\1", wanted.group(1)).replace("typing.", "")

@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -439,12 +439,25 @@ def predict(
     _set_threads(config)
     with _quiet(), fork(config.seed, "predict"):
         task = task.to(_device(config))
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {output}: {error.strerror or error}") from None
-        with torch.no_grad(), _autocast(config, task.device):
+        with output_folder(output), torch.no_grad(), _autocast(config, task.device):
             return list(task.predict_files(inputs, output, dict(options or {})))
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """A folder to write into; made here, it is gone again where nothing was written before an error."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from attn_shared.app import App, Kind
 from attn_timeseries.classification import cards as classification
@@ -58,23 +59,24 @@ def kind_of_file(path: str) -> str:
     return "forecast"
 
 
-def check_file(path: Path) -> list[str]:
-    """What is wrong with a file of the user's own, a sentence each."""
-    if kind_of_file(str(path)) == records.NAME:
+def check_file(path: Path, args: Any = None) -> list[str]:
+    """What is wrong with a file of the user's own, a sentence each; `args` are the options of its kind's data."""
+    kind = next((kind.name for kind in KINDS if type(args) is kind.data_config), None) or kind_of_file(str(path))
+    if kind == records.NAME:
         from attn_timeseries.records.corpus import check_file as check_records
 
-        return check_records(path)
-    if kind_of_file(str(path)) == classification.NAME:
+        return check_records(path, args)
+    if kind == classification.NAME:
         from attn_timeseries.classification.cases import check_file as check_cases
 
-        return check_cases(path)
-    if kind_of_file(str(path)) == traffic.NAME:
+        return check_cases(path, args)
+    if kind == traffic.NAME:
         from attn_timeseries.traffic.data import check_file as check_sensors
 
-        return check_sensors(path)
+        return check_sensors(path, args)
     from attn_timeseries.data.table import check_file as check_table
 
-    return check_table(path)
+    return check_table(path, args)
 
 
 def main(argv: list[str] | None = None) -> int:

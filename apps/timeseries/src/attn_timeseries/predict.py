@@ -95,6 +95,9 @@ def read_input(task: ForecastTask, path: Path, future: Path | None = None) -> Se
         if "unknown column" in text:
             text = f"{text.rstrip('?')}? The model was trained on columns {', '.join(map(repr, state['columns']))}"
             raise UserError(text) from None
+        if "holds no number at all" in text:
+            text = f"{text.partition(';')[0]}, and the model forecasts it from its past"
+            raise UserError(text) from None
         raise
     check_step(table, state)
     for note in table.notes:

@@ -128,9 +128,9 @@ def read_cases(path: Path, args: ClassifyDataConfig) -> Cases:
     return parse_csv(text, str(path), args)
 
 
-def check_file(path: Path) -> list[str]:
+def check_file(path: Path, args: ClassifyDataConfig | None = None) -> list[str]:
     """What keeps a file or a folder from being read as labelled series, a sentence each; empty when nothing does."""
-    args = ClassifyDataConfig()
+    args = args or ClassifyDataConfig()
     files = (path,) if path.is_file() and path.suffix.lower() != ".ts" else source_files(str(path), args)
     problems = []
     for file in files:

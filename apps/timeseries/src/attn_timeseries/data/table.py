@@ -5,6 +5,7 @@ A mistake is refused in one sentence with file and line; whatever else was found
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ from attn_timeseries.data.times import TIME_NAMES, check_frequency, infer_freque
 from core_attn.naming import UnknownNameError, unknown
 
 MAX_COLUMNS = 1000
+_THOUSANDS = re.compile(
+    r"[+-]?\d{1,3}(?:(?:\.\d{3})+(?:,\d+)?|(?:,\d{3})+(?:\.\d+)?|(?:['\u2019\u00a0\u202f ]\d{3})+(?:[.,]\d+)?)"
+)
 ID_NAMES = ("id", "unique_id", "series", "series_id", "item_id", "station", "sensor", "name")
 
 
@@ -76,13 +80,19 @@ class SeriesTable:
 
 
 def read_table(
-    path: Path, config: ForecastDataConfig, *, likely_ids: Sequence[str] = (), targets: bool = True
+    path: Path,
+    config: ForecastDataConfig,
+    *,
+    likely_ids: Sequence[str] = (),
+    targets: bool = True,
+    silent: bool = False,
 ) -> SeriesTable:
     """Read and check a file.
 
     Args:
         likely_ids: columns that name the series if they are all there and the options name none.
         targets: False reads a table of known covariates only: its series have no columns of values.
+        silent: columns without any number are taken, all NaN.
 
     Raises:
         UserError: one sentence with file and line.
@@ -112,7 +122,7 @@ def read_table(
         columns, ids = _roles(cells, times, time_column, ids, roles, config, form)
     else:
         columns, ids = [], _known_only(cells, time_column, ids, roles)
-    values = _values(cells, columns)
+    values = _values(cells, columns, silent=silent)
     covariates = _covariates(cells, roles)
     codes, names = _ids(cells, ids)
     bounds = np.cumsum(np.bincount(codes, minlength=len(names)))[:-1]
@@ -125,7 +135,18 @@ def read_table(
     series = []
     for name, rows in parts:
         one = _regular(
-            cells, name, times, values, rows, frequency, columns, covariates, config, notes, alone=len(parts) == 1
+            cells,
+            name,
+            times,
+            values,
+            rows,
+            frequency,
+            columns,
+            covariates,
+            config,
+            notes,
+            alone=len(parts) == 1,
+            silent=silent,
         )
         if one is not None:
             series.append(one)
@@ -145,10 +166,10 @@ def read_table(
     )
 
 
-def check_file(path: str | Path) -> list[str]:
+def check_file(path: str | Path, args: ForecastDataConfig | None = None) -> list[str]:
     """What is wrong with a file or worth knowing, in sentences; empty when it is a regular table without gaps."""
     try:
-        return read_table(Path(path), ForecastDataConfig()).notes
+        return read_table(Path(path), args or ForecastDataConfig()).notes
     except UserError as error:
         return [str(error)]
 
@@ -262,6 +283,12 @@ def _roles(
     for name in others:
         text = _text_share(cells, name)
         if text > 0.5:
+            example = _grouped(cells, name)
+            if example is not None:
+                raise UserError(
+                    f"{cells.source}: numbers of column {name!r} have marks between thousands ({example!r}); "
+                    "write them without"
+                )
             if is_clock(frame[name]):
                 raise UserError(
                     f"{cells.source}: date and time stand in two columns ({time_column!r}, {name!r}); join them in one"
@@ -326,12 +353,19 @@ def _text_share(cells: Cells, name: str) -> float:
     return float(cells.numbers(known).isna().mean()) if len(known) else 0.0
 
 
+def _grouped(cells: Cells, name: str, row: int | None = None) -> str | None:
+    """A number with marks between thousands: that of a row, or of a column whose text is mostly such numbers."""
+    known = (cells.frame[name] if row is None else cells.frame[name].iloc[[row]]).dropna().astype("str").str.strip()
+    found = known[[_THOUSANDS.fullmatch(text) is not None for text in known]]
+    return str(found.iloc[0]) if len(found) > 0.5 * len(known) else None
+
+
 def _guess_id(cells: Cells, times: pd.DatetimeIndex, others: list[str], notes: list[str]) -> str | None:
     """The one column that tells rows of equal time apart: text, or numbers under a usual name."""
     found = []
     for name in others:
         column = cells.frame[name]
-        text = _text_share(cells, name) > 0.5 and not is_clock(column)
+        text = _text_share(cells, name) > 0.5 and not is_clock(column) and _grouped(cells, name) is None
         usual = name.lower() in ID_NAMES and times.has_duplicates
         if (text or usual) and column.notna().all() and column.nunique() <= max(1, len(column) // 2):
             pairs = pd.DataFrame({"t": times.asi8, "i": column.astype(str).to_numpy()})
@@ -343,7 +377,7 @@ def _guess_id(cells: Cells, times: pd.DatetimeIndex, others: list[str], notes: l
     return None
 
 
-def _values(cells: Cells, columns: list[str], option: str = "") -> np.ndarray:
+def _values(cells: Cells, columns: list[str], option: str = "", *, silent: bool = False) -> np.ndarray:
     """(rows, C) float64; text, infinite and over-large numbers are refused with their line."""
     values = np.empty((len(cells.frame), len(columns)))
     for c, name in enumerate(columns):
@@ -358,10 +392,11 @@ def _values(cells: Cells, columns: list[str], option: str = "") -> np.ndarray:
                 raise UserError(
                     f"{cells.where(row)}: {str(column.iloc[row])!r} in column {name!r} is not a number"
                     + (f" ({bad.sum()} such cells)" if bad.sum() > 1 else "")
+                    + ("; write numbers without marks between thousands" if _grouped(cells, name, row) else "")
                 )
             column = numbers
         values[:, c] = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        if np.isnan(values[:, c]).all():
+        if np.isnan(values[:, c]).all() and not silent:
             raise UserError(
                 f"{cells.source}: column {name!r} holds no number at all; leave it out "
                 + (f"of {option}" if option else "with --data_args.columns")
@@ -419,7 +454,8 @@ def _sorted_rows(
         of = (
             f" of series {name!r}"
             if name
-            else "; if the file holds several series, name --data_args.id_column, or --data_args.id_columns"
+            else "; if the file holds several series, name --data_args.id_column, or --data_args.id_columns; if the "
+            "clock was put back, write times with their offset, such as 2024-10-27 02:00+01:00"
         )
         raise UserError(
             f"{cells.where(int(rows[first + 1]))}: the time {times[rows[first]]} stands there again with other values "
@@ -459,6 +495,7 @@ def _regular(
     notes: list[str],
     *,
     alone: bool,
+    silent: bool,
 ) -> Series | None:
     """One series on its grid, with gaps counted, bounded and left as NaN; None where it has no value, and others do."""
     name = "/".join(ids)
@@ -470,7 +507,7 @@ def _regular(
     row_of = np.full(len(grid), -1)
     row_of[place] = rows
 
-    first, end = _extent(cells, name, full, columns, covariates.reaches_ahead, alone)
+    first, end = _extent(cells, name, full, columns, covariates.reaches_ahead, alone, silent)
     if first == len(full) and columns:
         notes.append("a series without any value left out")
         return None
@@ -505,7 +542,9 @@ def _regular(
     return Series(name=name, times=grid, values=full, ids=ids, covariates=own)
 
 
-def _extent(cells: Cells, name: str, full: np.ndarray, columns: list[str], ahead: bool, alone: bool) -> tuple[int, int]:
+def _extent(
+    cells: Cells, name: str, full: np.ndarray, columns: list[str], ahead: bool, alone: bool, silent: bool
+) -> tuple[int, int]:
     """First step at which every column has begun, and the end of the targets; the whole length twice where none has.
 
     Steps without any target at the end lie ahead where covariates are known for them, else they are a gap.
@@ -515,6 +554,8 @@ def _extent(cells: Cells, name: str, full: np.ndarray, columns: list[str], ahead
     started = ~np.isnan(full)
     if not started.any() and not alone:
         return len(full), len(full)
+    if silent:
+        started[:, ~started.any(axis=0)] = True
     if not started.any(axis=0).all():
         empty = columns[int((~started.any(axis=0)).argmax())]
         raise UserError(f"{cells.source}: column {empty!r} holds no number in series {name!r}")

@@ -123,11 +123,11 @@ def assemble(
     return [(times[a:b], values[a:b]) for a, b in pairwise(cuts)]
 
 
-def check_file(path: Path) -> list[str]:
+def check_file(path: Path, args: RecordsDataConfig | None = None) -> list[str]:
     """What is wrong with a file or folder of records, one sentence each; empty when nothing is."""
     from attn_timeseries.records.data import prepare
 
-    args = RecordsDataConfig()
+    args = args or RecordsDataConfig()
     try:
         prepare(args, load_corpus(str(path), args))
     except UserError as error:

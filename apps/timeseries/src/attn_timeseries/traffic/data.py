@@ -23,7 +23,7 @@ from attn_timeseries.data.table import Series, read_table
 from attn_timeseries.data.windows import SPLITS, Scaler, Windows
 from attn_timeseries.traffic import cards
 from attn_timeseries.traffic.cards import TrafficDataConfig, graph_beside
-from attn_timeseries.traffic.graph import read_graph, to_weights
+from attn_timeseries.traffic.graph import TURNED, read_graph, to_weights
 
 _DAY = pd.Timedelta(days=1)
 
@@ -71,8 +71,8 @@ def settle(data: str, config: TrafficDataConfig) -> TrafficDataConfig:
     )
 
 
-def read_sensors(data: str, config: TrafficDataConfig) -> SensorTable:
-    """A data set by name, or a table of one's own; `config` is settled."""
+def read_sensors(data: str, config: TrafficDataConfig, *, silent: bool = False) -> SensorTable:
+    """A data set by name, or a table of one's own; `config` is settled. `silent`: a sensor may have no value at all."""
     if data == "pemsd7":
         values = pd.read_csv(locate(cards.DATASETS[data]) / "V_25.csv", header=None).to_numpy(np.float64)
         days = pd.bdate_range("2012-05-01", "2012-06-29")
@@ -92,7 +92,8 @@ def read_sensors(data: str, config: TrafficDataConfig) -> SensorTable:
         times = pd.date_range("2012-03-01", periods=len(frame), freq="5min")
         return _cut(data, times, frame.to_numpy(np.float64), list(frame.columns), "5min", config, "time", [])
     # Gaps are told apart here, row by row: the table need only be on one grid.
-    table = read_table(source_path(data), dataclasses.replace(config, missing="interpolate", max_gap=10**9))
+    whole = dataclasses.replace(config, missing="interpolate", max_gap=10**9)
+    table = read_table(source_path(data), whole, silent=silent)
     if table.id_column is not None:
         raise UserError(
             f"{table.source}: column {table.id_column!r} names several series; a table of sensors has one row a time "
@@ -205,12 +206,13 @@ def graph_matrix(state: Sequence[Sequence[float]] | None, count: int) -> np.ndar
     return weights
 
 
-def check_file(path: str | Path) -> list[str]:
+def check_file(path: str | Path, args: TrafficDataConfig | None = None) -> list[str]:
     """What is wrong with a table and the graph beside it or worth knowing, in sentences."""
-    config = settle("", TrafficDataConfig())
     try:
+        config = settle("", args or TrafficDataConfig())
         table = read_sensors(str(path), config)
-        return [*table.notes, *load_graph(str(path), table.columns, config)[1]]
+        notes = load_graph(str(path), table.columns, config)[1]
+        return [*table.notes, *(note for note in notes if not note.startswith(TURNED))]
     except UserError as error:
         return [str(error)]
 

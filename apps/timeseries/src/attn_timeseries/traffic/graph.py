@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _KINDS = {"weight": "weights", "w": "weights", "weights": "weights", "distance":
           "length": "distances", "dist": "distances", "distances": "distances"}  # fmt: skip
 _NO_EDGE = ("", "inf", "infinity", "nan", "na", "-")
 _SIGNIFICANT = 1e-12
+TURNED = "distances turned into weights"
+_DECIMAL_COMMA = re.compile(r"^([+-]?\d*),(\d+(?:[eE][+-]?\d+)?)$")
 
 
 def read_graph(path: Path, sensors: Sequence[str], config: TrafficDataConfig) -> tuple[np.ndarray, list[str]]:
@@ -65,7 +68,7 @@ def to_weights(
         values = np.exp(-np.square(values / sigma))
         threshold = 0.1 if threshold is None else threshold
         if notes is not None:
-            notes.append(f"distances turned into weights with sigma {sigma:.4g}, weights below {threshold:g} dropped")
+            notes.append(f"{TURNED} with sigma {sigma:.4g}, weights below {threshold:g} dropped")
     weights = np.nan_to_num(values, nan=0.0)
     weights[weights < (threshold or 0.0)] = 0.0
     if not weights.any():
@@ -78,7 +81,10 @@ def to_weights(
 
 def _rows(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    return [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    if delimiter == ",":
+        return rows
+    return [(line, [_DECIMAL_COMMA.sub(r"\1.\2", cell) for cell in row]) for line, row in rows]
 
 
 def _number(cell: str, where: str) -> float:
@@ -106,7 +112,8 @@ def _from_matrix(source: str, lines: list[tuple[int, list[str]]], sensors: Seque
         raise UserError(f"{source}: a sensor's name stands twice in the header")
     if len(body) != width:
         what = f"{len(names)} sensors in its header" if named else f"{count} sensors in the table"
-        raise UserError(f"{source}: the matrix has {len(body)} rows and there are {what}")
+        hint = "" if named or len(body) < count else "; with a header of names, sensors may be left out of the table"
+        raise UserError(f"{source}: the matrix has {len(body)} rows and there are {what}{hint}")
     matrix = np.empty((width, width))
     order = []
     for number, (line, row) in enumerate(body):

@@ -204,7 +204,7 @@ class TrafficTask(ForecastTask):
         args = dataclasses.replace(
             args, columns=list(state["columns"]), time_column=None, delimiter=None, frequency=None, cut="gap"
         )
-        table = data.read_sensors(str(path), args)
+        table = data.read_sensors(str(path), args, silent=True)
         check_step(table.source, table.frequency, state)
         for note in table.notes:
             print(f"{path.name}: {note}", file=sys.stderr)
