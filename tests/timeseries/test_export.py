@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
-from attn_timeseries.export import METADATA, example_inputs, export_task  # noqa: E402
+from attn_timeseries import export  # noqa: E402
+from attn_timeseries.export import METADATA, _reason, example_inputs, export_task  # noqa: E402
 
-SMALL = {"d_model": 16, "d_ff": 16, "n_heads": 2, "e_layers": 1}
+SMALL = {"d_model": 16, "d_ff": 16, "n_heads": 2, "e_layers": 1, "factor": 1}
 STATE: dict[str, Any] = {
     "columns": ["a", "b"],
     "time_column": "date",
@@ -39,13 +41,16 @@ STATE: dict[str, Any] = {
 }
 
 
-def build(model: str, loss: str = "mse", calibrate: str = "none", **state: Any) -> ForecastTask:
+def build(
+    model: str, loss: str = "mse", calibrate: str = "none", mixer: str | None = None, **state: Any
+) -> ForecastTask:
     sizes = {name: n for name, n in SMALL.items() if name in MODELS[model].config.__dataclass_fields__}
     config = RunConfig(
         app="timeseries",
         model=model,
         model_args=MODELS[model].config(**sizes),
         data="own.csv",
+        mixer=mixer,
         data_args=ForecastDataConfig(seq_len=32, label_len=16, pred_len=8),
         task_args=ForecastTaskConfig(loss=loss, calibrate=calibrate),  # type: ignore[arg-type]
     )
@@ -82,7 +87,11 @@ def test_any_batch_and_any_look_back(model: str, tmp_path: Path) -> None:
         ("autoformer", "sizes its work by the look-back"),
     ],
 )
-def test_a_look_back_that_the_model_fixes(model: str, why: str, tmp_path: Path) -> None:
+def test_a_look_back_that_the_model_fixes(
+    model: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The search for an open look-back, the same both times, takes seconds.
+    monkeypatch.setattr(export, "_open", functools.lru_cache(lambda task, *_, search=export._open: search(task, *_)))
     task = build(model)
     done = export_task(task, tmp_path / "m.onnx", calls=0)
     assert done.lengths == (32, 32)
@@ -93,7 +102,7 @@ def test_a_look_back_that_the_model_fixes(model: str, why: str, tmp_path: Path) 
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
     assert next(value.shape[1] for value in session.get_inputs() if value.name == "x") == 32
     with pytest.raises(UserError, match=f"{model} cannot be exported for any look-back: .*{why}"):
-        export_task(build(model), tmp_path / "n.onnx", length="any")
+        export_task(task, tmp_path / "n.onnx", length="any")
     assert not (tmp_path / "n.onnx").exists()
 
 
@@ -158,6 +167,21 @@ def test_quantiles_are_an_output_and_calibrated(loss: str, tmp_path: Path) -> No
     assert facts["quantiles"] == list(task.options.levels)
     assert len(facts["quantiles"]) == quantiles.shape[-1]
     assert facts["calibrated"] is True
+
+
+def test_what_the_exporter_cannot_is_a_sentence(tmp_path: Path) -> None:
+    task = build("patchtst", mixer="hyena")
+    expected = (
+        "^patchtst with hyena cannot be written as ONNX: its operation core_attn.fft_conv has no counterpart there$"
+    )
+    with pytest.raises(UserError, match=expected):
+        export_task(task, tmp_path / "m.onnx", calls=0)
+    assert list(tmp_path.iterdir()) == []
+    assert _reason("Could not guard on data-dependent expression Eq(u0, 1)\nmore") == (
+        "its work depends on the values that it is given"
+    )
+    assert _reason("first\nsecond") == "first"
+    assert len(_reason("word " * 100)) <= 160
 
 
 def test_a_difference_is_refused(tmp_path: Path) -> None:

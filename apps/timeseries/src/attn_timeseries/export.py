@@ -12,6 +12,8 @@ import io
 import json
 import logging
 import math
+import re
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,11 +108,8 @@ def export_run(
     task, _ = trainer.load_task(APP, source)
     if not isinstance(task, ForecastTask):
         raise UserError(f"{source} is no forecasting run; only forecasting networks can be exported")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror or error}") from None
-    return export_task(task.float(), output, length=length, longest=longest, tolerance=tolerance, calls=calls)
+    with trainer.output_folder(output.parent):
+        return export_task(task.float(), output, length=length, longest=longest, tolerance=tolerance, calls=calls)
 
 
 def export_task(
@@ -139,7 +138,8 @@ def export_task(
         try:
             program = _export(task, None)
         except _Unable as error:
-            raise UserError(f"{task.config.model} cannot be written as ONNX: {error}") from None
+            mixer = f" with {task.config.mixer}" if task.config.mixer else ""
+            raise UserError(f"{task.config.model}{mixer} cannot be written as ONNX: {error}") from None
     _describe(program, task, lengths)
     content: bytes = program.model_proto.SerializeToString()
     session = _session(content)
@@ -287,12 +287,22 @@ def _export(task: ForecastTask, lengths: tuple[int, int] | None) -> Any:
                 verbose=False,
             )
     except Exception as error:
-        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        raise _Unable(lines[0] if lines else type(error).__name__) from error
+        raise _Unable(_reason(str(error.__cause__ or error))) from error
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     return program
+
+
+def _reason(message: str) -> str:
+    """Why the exporter refuses, in a few words of a message that may be pages long."""
+    operator = re.search(r"translat\w+ node .*?torch\.ops\.([\w.]+?)(?:\.default)?\]", message, re.DOTALL)
+    if operator:
+        return f"its operation {operator.group(1)} has no counterpart there"
+    if "data-dependent" in message or "data pointer" in message:
+        return "its work depends on the values that it is given"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return textwrap.shorten(lines[0], 160, placeholder=" …") if lines else "PyTorch's exporter gives no reason"
 
 
 def _dynamic(program: Any) -> bool:
@@ -382,12 +392,12 @@ def _percentiles(times: Sequence[float]) -> tuple[float, float]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's progress and its notes on packages that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    off = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        sink = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(off)
