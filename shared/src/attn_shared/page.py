@@ -96,7 +96,7 @@ def page(title: str, body: str, *, wide: bool = False) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         # Says to the browser what we promise: nothing is loaded and nothing runs.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; media-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
         f"<main{' class=broad' if wide else ''}>\n{body}\n</main>\n</body>\n</html>\n"

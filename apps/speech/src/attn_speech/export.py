@@ -11,13 +11,14 @@ from attn_speech.data.options import SpeechDataConfig
 
 _HELP = """usage: speech mix DATA --output DIR [--split test] [--data_args.X VALUE]…
 
-Write the mixtures of a data set as folders mix, s1, s2 (s3) of WAV files (32-bit float, so that mixtures are exactly
-the sums they were). DATA is a data set's name, or a folder or CSV of one's own.
+Write the mixtures of a data set as WAV files: folders mix, s1, s2 (s3) in a folder called as the split (32-bit float,
+so that mixtures are exactly the sums they were). DATA is a data set's name, or a folder or CSV of one's own.
 
   --output DIR     where the folders go
   --split NAME     val or test (default: test)
 
-and every --data_args option of `train`. `speech eval --estimates` scores what another program makes of them."""
+and every --data_args option of `train`. `speech eval --estimates OUT --data DIR` scores what another program makes of
+them."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     part = bundle.split(split)
     if not isinstance(part, Mixtures):
         raise UserError(f"{parsed.words[0]} has no {split} split")
-    folder = Path(str(output))
+    folder = Path(str(output)) / split
     for index in range(len(part)):
         mixture, voices = part.samples(index)
         # The same voices may meet twice.
@@ -63,7 +64,7 @@ def data_options() -> list[str]:
 
 def data_config(parsed: options.Parsed) -> SpeechDataConfig:
     """The options of the data as given, the others as they are by default."""
-    known = options.dataclass_options("data_args", SpeechDataConfig)
+    known = list(options.dataclass_options("data_args", SpeechDataConfig))
     names = {option.name for option in known}
-    values = options.typed(list(known), {}, [f"--{name}={text}" for name, text in parsed.options if name in names])
+    values = options.typed(known, {}, [f"--{name}={text}" for name, text in parsed.options if name in names])
     return SpeechDataConfig(**{name.removeprefix("data_args."): value for name, value in values.items()})

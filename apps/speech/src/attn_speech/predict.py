@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 16
 _FULL = 0.99
+_SILENT = 3e-5  # root mean square: what rounding to 16 bits leaves of nothing
 
 
 def predict_files(task: SpeechTask, inputs: Sequence[Path], output: Path, options: Mapping[str, Any]) -> list[Path]:
@@ -144,7 +145,7 @@ def _predict(network: Separator, path: Path, rate: int, output: Path, settings: 
         file=sys.stderr,
     )
     notes = [quality]
-    if not sums.energy:
+    if sums.energy <= _SILENT**2 * sums.frames:
         alone = head.channels == 1 or settings.channel
         notes.append("it is silent" if alone else "its channels together are silent; --channel chooses one")
     elif head.channels > 1 and not settings.channel:

@@ -27,7 +27,7 @@ of voices and as WAV, FLAC or OGG of any rate.
   --measures NAME       si_sdr, sdr or all (default: all)
   --output FILE.json    also write the figures, and those of every mixture, as JSON
 
-and every --data_args option of `train`."""
+and every --data_args option of `train`; --data_args.test 1 takes all of a folder that is not divided into parts."""
 _SUFFIXES = (".wav", ".flac", ".ogg")
 _FEW = 3
 _FAR = 0.1  # seconds by which an estimate may be longer or shorter than its mixture
