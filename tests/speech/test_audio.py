@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +257,17 @@ def test_the_edge_cases() -> None:
     assert np.abs(stereo).max(axis=1).tolist() == pytest.approx([0.5, 0.25], abs=1e-3)
     silent, _ = read(folder / "silent.wav")
     assert not silent.any()
+
+
+def test_a_torchaudio_that_cannot_be_loaded_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('Could not load this library')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torchaudio.cache_clear()
+    try:
+        assert torchaudio() is None
+        assert spectrogram(torch.ones(3), 16, 4).shape == (9, 1)
+    finally:
+        torchaudio.cache_clear()

@@ -24,10 +24,10 @@ def torchaudio() -> ModuleType | None:
 
 
 def spectrogram(samples: Tensor, window: int, hop: int, *, own: bool | None = None) -> Tensor:
-    """Magnitudes of the short-time Fourier transform, Hann window, centred frames, reflected edges.
+    """Magnitudes of the short-time Fourier transform, Hann window, frames centred on the first sample and on.
 
     Args:
-        samples: (…, T) with T > window // 2.
+        samples: (…, T); zeros are taken to lie on either side.
         window: samples of a window, and of the transform.
         hop: samples between windows.
         own: True = by `torch.stft`; False = by torchaudio; None = torchaudio where it is there.
@@ -41,7 +41,7 @@ def spectrogram(samples: Tensor, window: int, hop: int, *, own: bool | None = No
         if own is False:
             raise ImportError("torchaudio cannot be imported here")
         flat = samples.reshape(-1, samples.shape[-1])
-        found = torch.stft(flat, window, hop, window=hann, center=True, pad_mode="reflect", return_complex=True).abs()
+        found = torch.stft(flat, window, hop, window=hann, center=True, pad_mode="constant", return_complex=True).abs()
         return found.reshape(*samples.shape[:-1], *found.shape[-2:])
-    result: Tensor = functional.spectrogram(samples, 0, hann, window, hop, window, 1.0, False)
+    result: Tensor = functional.spectrogram(samples, 0, hann, window, hop, window, 1.0, False, pad_mode="constant")
     return result

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from attn_shared import plotting
 from attn_shared.task import DataBundle, Picture, Sound
 from attn_speech import metrics
+from attn_speech.audio_backend import spectrogram
 from attn_speech.data.mixing import Mixtures
 from attn_speech.metrics import Scores
 
@@ -139,7 +140,7 @@ def spectrograms(mixture: np.ndarray, sources: np.ndarray, voices: np.ndarray, r
     """The mixture (T,), the true voices (C, T) and the separated ones, on one scale of decibels."""
     count = len(sources)
     fig = plotting.figure(9.4, 5.4)
-    shown = [spectrogram(one, rate) for one in (mixture, *sources, *voices)]
+    shown = [decibels(one, rate) for one in (mixture, *sources, *voices)]
     top = max(float(one.max()) for one in shown)
     extent = (0.0, len(mixture) / rate, 0.0, rate / 2000)
     with plotting.style():
@@ -169,13 +170,11 @@ def spectrograms(mixture: np.ndarray, sources: np.ndarray, voices: np.ndarray, r
     return fig
 
 
-def spectrogram(samples: np.ndarray, rate: int) -> np.ndarray:
-    """(F, N) decibels of (T,) samples: Hann windows of 32 ms every 8 ms."""
+def decibels(samples: np.ndarray, rate: int) -> np.ndarray:
+    """(F, N) spectrogram of (T,) samples: Hann windows of 32 ms every 8 ms."""
     size, hop = max(4, round(0.032 * rate)), max(1, round(0.008 * rate))
-    x = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
-    window = torch.hann_window(size)
-    power = torch.stft(x, size, hop, window=window, return_complex=True, pad_mode="constant").abs().square()
-    return np.asarray((10 * torch.log10(power + 1e-10)).numpy())
+    found = spectrogram(torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), size, hop)
+    return np.asarray((10 * torch.log10(found.square() + 1e-10)).numpy())
 
 
 def _sound(name: str, samples: np.ndarray, rate: int) -> Sound:
