@@ -170,6 +170,7 @@ class _Report:
         parts = []
         for kind, key in (("the best baseline", "baselines"), ("the best published figure", "published")):
             rows = [r for r in self.results.get(key) or [] if isinstance(r.get(primary), int | float)]
+            rows = [r for r in rows if not r.get("oracle")]
             if not rows:
                 continue
             if key == "published" and (same := [r for r in rows if r.get("model") == self.results["model"]]):
@@ -194,7 +195,9 @@ class _Report:
         rows: list[tuple[Mapping[str, Any], str, str]] = [
             ({"model": self.results["model"], **self.figures}, "this run", "mark")
         ]
-        rows += [(row, "baseline", "") for row in self.results.get("baselines") or []]
+        rows += [
+            (row, "oracle" if row.get("oracle") else "baseline", "") for row in self.results.get("baselines") or []
+        ]
         rows += [(row, "published", "") for row in self.results.get("published") or []]
         rows.sort(key=lambda r: sort_key(self.task, r[0].get(primary)))
         metrics = [m for m in self.metrics if any(m in row for row, _, _ in rows)]

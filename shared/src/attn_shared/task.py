@@ -180,7 +180,10 @@ class Task(lightning.LightningModule):
 
     @classmethod
     def baselines(cls, config: RunConfig, bundle: DataBundle) -> list[dict[str, Any]]:
-        """Rows beside the model in its table, {"model": name, **metrics}: a trivial and a strong simple one."""
+        """Rows beside the model in its table, {"model": name, **metrics}: a trivial and a strong simple one.
+
+        A row with "oracle": True was made by knowing the answer: a bound, which no model is measured by.
+        """
         return []
 
     def published(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from attn_shared import page, plotting
 from attn_shared.errors import UserError
 from attn_shared.report import write_report
 from attn_shared.runs import Run
+from attn_shared.task import Sound
 
 
 class Reader(HTMLParser):
@@ -188,6 +190,18 @@ def test_heavy_figures_become_pictures() -> None:
     points = torch.rand(2, 20_000).numpy()
     fig.subplots().scatter(points[0], points[1], s=1)
     assert 'src="data:image/png;base64,' in page.picture(fig, "many", "x")
+
+
+def test_recordings_are_part_of_the_page() -> None:
+    sounds = [Sound(name="true <1>", data=b"fLaC\x00", kind="audio/flac"), Sound(name="own", data=b"x")]
+    html = page.players(sounds)
+    assert html.count("<audio controls") == 2
+    assert "true &lt;1&gt;" in html
+    assert f'src="data:audio/flac;base64,{base64.b64encode(sounds[0].data).decode()}"' in html
+    assert page.players([]) == ""
+    assert "media-src data:;" in page.page("a", html)
+    fig = plotting.figure(3, 2)
+    assert page.picture(fig, "heard", "y", html).index("<audio") < page.picture(fig, "heard", "y", html).index("heard<")
 
 
 @pytest.mark.parametrize(

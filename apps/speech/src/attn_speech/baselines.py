@@ -17,11 +17,13 @@ class Baseline:
 
     Attributes:
         name, note: for tables.
+        oracle: whether it knows the true voices.
         voices: (B, T) mixtures and (B, C, T) true voices -> (B, C, T) estimates.
     """
 
     name: str
     note: str
+    oracle: bool
     voices: Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -49,6 +51,6 @@ def ideal_ratio_mask(mixture: Tensor, sources: Tensor, rate: int) -> Tensor:
 
 
 BASELINES = (
-    Baseline("ideal ratio mask", "ORACLE, knows the voices: a bound of masking spectra, not a rival", ideal_ratio_mask),
-    Baseline("mixture", "the mixture itself for every voice", mixture_itself),
+    Baseline("ideal ratio mask (oracle)", "knows the true voices: a bound of masking spectra", True, ideal_ratio_mask),
+    Baseline("mixture", "the mixture itself for every voice", False, mixture_itself),
 )

@@ -133,10 +133,10 @@ class SpeechTask(Task):
     def baselines(cls, config: RunConfig, bundle: DataBundle) -> list[dict[str, Any]]:
         if not isinstance(bundle.test, Mixtures):
             return []
-        notes = {one.name: one.note for one in BASELINES}
+        kinds = {one.name: {"note": one.note, "oracle": one.oracle} for one in BASELINES}
         rate = int(bundle.state["rate"])
         found = baseline_scores(bundle.test, rate, config.task_args.measures)
-        return [{"model": name, "note": notes[name], **metrics.figures(one, rate)} for name, one in found.items()]
+        return [{"model": name, **kinds[name], **metrics.figures(one, rate)} for name, one in found.items()]
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
