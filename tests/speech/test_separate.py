@@ -107,6 +107,18 @@ def test_no_click_where_chunks_differ() -> None:
     assert np.abs(np.diff(found, axis=1)).max() <= np.pi / 120 + 1e-4
 
 
+def test_voices_are_known_again_after_a_long_silence() -> None:
+    """Nobody speaks in all that chunks share; one voice is smooth, the other is spikes."""
+    random = np.random.default_rng(0)
+    smooth = np.repeat(random.uniform(0.5, 1, 40), 50)
+    spikes = np.where(np.arange(2000) % 2, -random.uniform(0.5, 1, 2000), 0.0)
+    speech = np.where(np.arange(2000) // 100 % 2, smooth, spikes)
+    x = np.concatenate([np.concatenate([speech, np.zeros(1000)]) for _ in range(12)]).astype(np.float32)
+    found = run(BySign(order=3), x, chunk=2000, overlap=400)
+    true = BySign()(torch.from_numpy(x)[None])[0].numpy()
+    assert np.allclose(found, true, atol=1e-6) or np.allclose(found[::-1], true, atol=1e-6)
+
+
 def test_memory_is_flat_in_length() -> None:
     def peak(samples: int) -> int:
         def stream() -> Iterator[np.ndarray]:
