@@ -116,6 +116,16 @@ def test_a_speaker_may_be_called_val(tmp_path: Path) -> None:
     assert set.union(*speakers(read_any(tmp_path, ARGS)).values()) == {"Ann", "Ben", "Cid", "Val", "Eve", "Tom", "Una"}
 
 
+def test_speakers_may_be_called_like_the_folders_of_a_mixture(tmp_path: Path) -> None:
+    for part, names in {"train": ("s0", "s1", "s2"), "val": ("s4", "s5"), "test": ("s6", "s7")}.items():
+        for name in names:
+            sound(tmp_path / part / name / "1.wav")
+    assert speakers(read_any(tmp_path, ARGS))["train"] == {"s0", "s1", "s2"}
+    for name in ("s1", "s2", "s3"):
+        sound(tmp_path / "alike" / name / f"{name}.wav")
+    assert read_any(tmp_path / "alike", SpeechDataConfig(test=1.0)).mixtures == {}
+
+
 def test_librispeech_as_it_is_unpacked(tmp_path: Path) -> None:
     people = {
         "train-clean-100": ("103", "1034"),

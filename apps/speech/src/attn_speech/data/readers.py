@@ -274,12 +274,24 @@ def _has_mixtures(folder: Path) -> bool:
 
 
 def _sources(folder: Path) -> tuple[Path, ...] | None:
-    """The folders s1, s2, … in a folder, or None."""
+    """The folders s1, s2, … of a folder of mixtures, or None.
+
+    Speakers may be called s1 and s2: without a folder of mixtures beside them there must be no other folder, and the
+    same file names in each.
+    """
+    inside = {one.name for one in subfolders(folder)}
     for names in _SOURCE_FOLDERS:
-        found = tuple(folder / name for name in names if (folder / name).is_dir())
-        if len(found) >= 2:
+        found = tuple(folder / name for name in names if name in inside)
+        if len(found) < 2:
+            continue
+        alone = inside <= {*names, "noise"}
+        if inside & set(_MIX_FOLDERS) or (alone and len({_names(one) for one in found}) == 1):
             return found
     return None
+
+
+def _names(folder: Path) -> frozenset[str]:
+    return frozenset(path.relative_to(folder).as_posix() for path in sound_files(folder))
 
 
 def read_mixture_folders(folder: Path, args: SpeechDataConfig, fault: Fault = refuse) -> Corpus:
