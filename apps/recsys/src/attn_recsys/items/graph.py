@@ -64,7 +64,7 @@ def build_graph(
         notes.append(f"{len(triples) - len(once):,} triples of the graph stood there more than once and count once")
     loops = int((once[:, 0] == once[:, 2]).sum())
     if loops:
-        notes.append(f"{loops:,} triples lead from an entity to itself")
+        notes.append(f"triples from an entity to itself: {loops:,}")
     if len(items) > seen:
         notes.append(f"{len(items) - seen:,} of {len(items):,} items are not in the graph")
     graph = KnowledgeGraph(

@@ -287,7 +287,7 @@ def clean(frame: pd.DataFrame, args: ItemsDataConfig, notes: list[str], more: It
     users = _sorted(set(frame["user"]))
     cold = {name for name in more if name not in everything}
     if cold:
-        notes.append(f"{len(cold):,} items are known from the graph's links only: nobody had them")
+        notes.append(f"items known from the graph's links only, as nobody had them: {len(cold):,}")
     items = _sorted(set(frame["item"])) + _sorted(cold)
     user_of, item_of = ({name: i for i, name in enumerate(names)} for names in (users, items))
     return Interactions(
