@@ -273,7 +273,9 @@ def pack(index: Tensor, values: np.ndarray) -> dict[str, Tensor]:
 
     Each batch has an entry of its own, named by its first mixture, so that adding states up over processes joins them.
     """
-    rows = np.concatenate([index.cpu().numpy().astype(np.float64)[:, None], values.reshape(len(values), -1)], axis=1)
+    # Digits that rounding made would let the mixture be better or worse than itself.
+    values = np.round(values, 9).reshape(len(values), -1)
+    rows = np.concatenate([index.cpu().numpy().astype(np.float64)[:, None], values], axis=1)
     return {f"mixture {int(index[0])}": torch.from_numpy(rows)}
 
 
