@@ -99,7 +99,7 @@ def test_graph_links_and_cold_items(tmp_path: Path) -> None:
     assert len(found.head) == 5
     notes = " ".join(corpus.notes)
     assert "1 triples of the graph stood there more than once" in notes
-    assert "1 items are known from the graph's links only" in notes
+    assert "items known from the graph's links only, as nobody had them: 1" in notes
     assert "1 of 3 items are not in the graph" in notes
     with pytest.raises(UserError, match=r"there is no --data_args\.graph"):
         load_path(file, ItemsDataConfig(links=str(links)))
