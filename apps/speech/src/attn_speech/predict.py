@@ -137,8 +137,8 @@ def _predict(network: Separator, path: Path, rate: int, output: Path, settings: 
                 raise UserError(f"{path}: the model gave voices that are no numbers; its training may have failed")
             sums.add(mixture, voices)
             store.write(np.ascontiguousarray(voices.T, dtype=np.float32).tobytes())
-        seconds = time.perf_counter() - started
         _write(store, sums, targets, network.speakers, rate, head, subtype)
+    seconds = time.perf_counter() - started
     print(
         f"{path.name}: {head.seconds:.1f} s, {network.speakers} voices in {seconds:.1f} s "
         f"(real-time factor {seconds / head.seconds:.3f})",
