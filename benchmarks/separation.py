@@ -35,10 +35,12 @@ from attn_speech.separate import separate
 from attn_speech.task import SpeechTask
 
 _CHILD = """
-import resource, sys
+import re, sys
 from attn_speech.cli import main
 status = main(sys.argv[1:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)
+# Not ru_maxrss, which a process inherits from the one that started it.
+peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+print("peak", int(peak) / 1024, file=sys.stderr)
 sys.exit(status)
 """
 
