@@ -15,7 +15,7 @@ FILE_FORMATS = (
     "table as utterances.csv or mixtures.csv. Sound files: WAV, FLAC, OGG and what else libsndfile reads, of any rate. "
     "`predict` takes sound files as they are."
 )
-FILE_SUFFIXES = (".csv", ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".rf64")
+FILE_SUFFIXES = (".wav", ".csv", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".rf64")
 
 
 def _files(prefix: str) -> tuple[DataFile, ...]:
