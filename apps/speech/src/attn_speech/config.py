@@ -65,6 +65,40 @@ class MossFormerLConfig(MossFormerSConfig):
 
 
 @dataclass(kw_only=True)
+class MossFormer2Config(MossFormerConfig):
+    """MossFormer2; see `MossFormerConfig`. The defaults are a model small enough to train on a CPU.
+
+    Attributes:
+        inner: channels inside a memory.
+        order: a memory's filters have 2 * order - 1 frames.
+    """
+
+    inner: int = 64
+    order: int = 20
+
+
+@dataclass(kw_only=True)
+class MossFormer2LConfig(MossFormer2Config):
+    """MossFormer2, the larger; see `MossFormer2Config`."""
+
+    filters: int = 512
+    dim: int = 512
+    blocks: int = 24
+    group: int = 256
+    dropout: float = 0.1
+    inner: int = 256
+
+
+@dataclass(kw_only=True)
+class MossFormer2SConfig(MossFormer2LConfig):
+    """MossFormer2, the smaller; see `MossFormer2Config`."""
+
+    filters: int = 384
+    dim: int = 384
+    blocks: int = 25
+
+
+@dataclass(kw_only=True)
 class ConvTasNetConfig:
     """Conv-TasNet; letters are the paper's.
 
@@ -76,7 +110,7 @@ class ConvTasNetConfig:
         H: channels inside a block.
         P: frames of a block's depthwise convolution.
         X: blocks in a repeat, of dilation 1, 2, 4, … .
-        R: repeats.
+        R: repeats of those blocks.
         mask: what bounds the masks; the paper takes sigmoid, later code relu.
         causal: convolutions that read the past only, and norms over the frames so far.
     """
@@ -93,9 +127,42 @@ class ConvTasNetConfig:
     causal: bool = False
 
 
+_MOSSFORMER = (
+    "MossFormer: Pushing the Performance Limit of Monaural Speech Separation Using Gated Single-Head Transformer "
+    "with Convolution-Augmented Joint Self-Attentions"
+)
+_MOSSFORMER2 = (
+    "MossFormer2: Combining Transformer and RNN-Free Recurrent Network for Enhanced Time-Domain Monaural Speech "
+    "Separation"
+)
+
+
+def _mossformer(name: str, config: type, note: str) -> ModelCard:
+    second = issubclass(config, MossFormer2Config)
+    return ModelCard(
+        name=name,
+        title=_MOSSFORMER2 if second else _MOSSFORMER,
+        source="Zhao et al. 2024" if second else "S72",
+        year=2024 if second else 2023,
+        target=f"attn_speech.models.mossformer{'2:MossFormer2' if second else ':MossFormer'}",
+        config=config,
+        mixer="joint",
+        mixer_patterns=("noncausal_self",),
+        mixer_alternatives=(("causal_self",),),
+        note=note,
+    )
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
+        _mossformer("mossformer", MossFormerConfig, "small enough to train on a CPU"),
+        _mossformer("mossformer_s", MossFormerSConfig, "the paper's S, 10.8 M parameters"),
+        _mossformer("mossformer_m", MossFormerMConfig, "the paper's M, 25.3 M parameters"),
+        _mossformer("mossformer_l", MossFormerLConfig, "the paper's L, 42.1 M parameters"),
+        _mossformer("mossformer2", MossFormer2Config, "small enough to train on a CPU"),
+        _mossformer("mossformer2_s", MossFormer2SConfig, "the paper's smaller, 37.8 M parameters"),
+        _mossformer("mossformer2_l", MossFormer2LConfig, "the paper's larger, 55.7 M parameters"),
         ModelCard(
             name="convtasnet",
             title="Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking for Speech Separation",
