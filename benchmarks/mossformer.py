@@ -3,8 +3,9 @@
     python benchmarks/mossformer.py --official CHECKOUT [--repeats 5] [--seconds 4] [--only train|inference|parity]
 
 CHECKOUT is github.com/modelscope/modelscope (2905da12); einops and rotary-embedding-torch must be installed. Both sides
-have the same weights and the same input, in one process; figures are the fastest of the repeats, taken in turn.
-`parity` compares the outputs of M, L and both sizes of MossFormer2 in float32 and float64.
+have the same weights and the same input, in one process on one thread; figures are CPU-seconds, the fastest of the
+repeats, taken in turn. `parity` compares the outputs of M, L and both sizes of MossFormer2 in float32 and
+float64.
 """
 
 from __future__ import annotations
@@ -121,14 +122,14 @@ def pair(checkout: Path, c: MossFormerConfig, *, dtype: torch.dtype = torch.floa
 
 
 def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds; the calls take turns, so that what else runs on the machine meets all of them."""
+    """CPU-seconds; the calls take turns, so that what else runs on the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return {name: min(taken) for name, taken in times.items()}
 
 

@@ -148,6 +148,19 @@ def test_dropout_and_training_run() -> None:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("mixer", [None, "softmax"])
+@pytest.mark.parametrize("name", SMALL)
+def test_mixed_precision_is_near_single(name: str, mixer: str | None) -> None:
+    model = make(name, mixer=mixer)
+    mixture, lengths = torch.randn(2, 500), torch.tensor([500, 301])
+    right = model(mixture, lengths)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        voices = model(mixture, lengths)
+    voices.float().square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert (voices - right).norm() < 0.05 * right.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("taps", "dilation", "length"), [(17, 1, 50), (17, 1, 3), (7, 2, 21), (39, 2, 1), (1, 1, 4)])

@@ -91,7 +91,8 @@ def depthwise(x: Tensor, weight: Tensor, *, dilation: int = 1, causal: bool = Fa
     left = reach if causal else reach // 2
     if x.device.type == "cpu" and x.dtype is not torch.float64:
         # In 16 bits the library has no fast form, and for some widths none that comes to an end.
-        found: Tensor = _Depthwise.apply(x.float().contiguous(), weight.float(), left)
+        with torch.autocast("cpu", enabled=False):
+            found: Tensor = _Depthwise.apply(x.float().contiguous(), weight.float(), left)
         return found.to(x.dtype)
     padded = F.pad(x.mT, (left, reach - left))
     return F.conv1d(padded, weight[:, None], groups=weight.shape[0]).mT.contiguous()

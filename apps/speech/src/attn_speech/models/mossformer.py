@@ -197,7 +197,7 @@ class Block(nn.Module):
 
     def _joint(self, z: Tensor, vu: Tensor, frames: Frames) -> Tensor:
         copies = turn(torch.addcmul(self.beta, z.unsqueeze(2), self.gamma).contiguous(), frames.turns)
-        quad_q, lin_q, quad_k, lin_k = copies.unbind(2)
+        quad_q, lin_q, quad_k, lin_k = copies.to(vu.dtype).unbind(2)
         if frames.mask is not None:
             quad_k, lin_k = only(quad_k, frames.mask), only(lin_k, frames.mask)
         out = joint_attention(
