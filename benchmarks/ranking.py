@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attn_recsys.clicks.export import open_session, run_session, to_onnx
+from attn_recsys.clicks.export import to_onnx
 from attn_recsys.clicks.options import ClicksDataConfig, ClicksTaskConfig
 from attn_recsys.clicks.task import ClicksTask
 from attn_recsys.config import HiformerConfig
 from attn_shared.config import RunConfig
+from attn_shared.onnx_runtime import open_session, run_session
 from attn_shared.profiling import machine
 
 

@@ -8,15 +8,11 @@ metadata as JSON (`METADATA`), so that a service needs neither PyTorch nor this 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import logging
 import math
 import re
 import textwrap
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from torch import Tensor, nn
 
 from attn_shared import trainer
 from attn_shared.errors import UserError
+from attn_shared.onnx_runtime import latency, open_session, quiet, run_session
 from attn_timeseries.calibration import distances
 from attn_timeseries.cli import APP
 from attn_timeseries.data.calendar import feature_names
@@ -142,7 +139,7 @@ def export_task(
             raise UserError(f"{task.config.model}{mixer} cannot be written as ONNX: {error}") from None
     _describe(program, task, lengths)
     content: bytes = program.model_proto.SerializeToString()
-    session = _session(content)
+    session = open_session(content)
     checked = tuple((batch, steps) for steps in sorted({*lengths, trained, _odd(lengths)}) for batch in _BATCHES)
     largest = max(_difference(task, session, batch, steps) for batch, steps in checked)
     if not largest <= tolerance:
@@ -157,7 +154,7 @@ def export_task(
         fixed=fixed,
         error=largest,
         checked=checked,
-        latency=_latency(task, session, calls) if calls else {},
+        latency=latency(_Served(task), session, example_inputs(task, 1, task.shape.seq_len), calls) if calls else {},
         threads=torch.get_num_threads(),
     )
 
@@ -275,7 +272,7 @@ def _export(task: ForecastTask, lengths: tuple[int, int] | None) -> Any:
             dims[name][1] = steps
     kernels = {b.name for operator in dispatch.operators().values() for b in operator.backends} - _PLAIN
     try:
-        with _quiet(), dispatch.without(*kernels), torch.no_grad():
+        with quiet(), dispatch.without(*kernels), torch.no_grad():
             program = torch.onnx.export(
                 served,
                 kwargs={"inputs": inputs},
@@ -334,15 +331,6 @@ def _describe(program: Any, task: ForecastTask, lengths: tuple[int, int]) -> Non
     program.model.metadata_props[METADATA] = json.dumps(facts, ensure_ascii=False)
 
 
-def _session(content: bytes) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def _odd(lengths: tuple[int, int]) -> int:
     """A look-back between the two that divides nothing."""
     return (sum(lengths) // 2) | 1 if lengths[0] < lengths[1] else lengths[0]
@@ -353,51 +341,8 @@ def _difference(task: ForecastTask, session: Any, batch: int, length: int) -> fl
     with torch.no_grad():
         ours = _Served(task)(inputs)
     off = 0.0
-    for mine, theirs in zip(ours, _run(session, inputs), strict=True):
+    for mine, theirs in zip(ours, run_session(session, inputs), strict=True):
         if theirs.shape != tuple(mine.shape):
             return math.inf
         off = max(off, float(np.abs(mine.numpy() - theirs).max() / max(1.0, float(mine.abs().max()))))
     return off
-
-
-def _run(session: Any, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
-    # Inputs that a network never reads, such as the calendar of DLinear, may be missing in the graph.
-    wanted = {value.name for value in session.get_inputs()}
-    result: list[np.ndarray] = session.run(None, {name: v.numpy() for name, v in inputs.items() if name in wanted})
-    return result
-
-
-def _latency(task: ForecastTask, session: Any, calls: int) -> dict[str, tuple[float, float]]:
-    """p50 and p99 in ms of a call with one window, taken in turns, so that both meet the same machine."""
-    served, inputs = _Served(task), example_inputs(task, 1, task.shape.seq_len)
-    times: dict[str, list[float]] = {"torch": [], "onnxruntime": []}
-    with torch.inference_mode():
-        for call in range(-max(5, calls // 10), calls):
-            for name, taken in times.items():
-                start = time.perf_counter()
-                if name == "torch":
-                    served(inputs)
-                else:
-                    _run(session, inputs)
-                if call >= 0:
-                    taken.append(1e3 * (time.perf_counter() - start))
-    return {name: _percentiles(taken) for name, taken in times.items()}
-
-
-def _percentiles(times: Sequence[float]) -> tuple[float, float]:
-    p50, p99 = np.percentile(times, [50, 99])
-    return float(p50), float(p99)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress and its notes on packages that are not there."""
-    off = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        sink = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(off)

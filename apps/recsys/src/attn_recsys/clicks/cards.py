@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attn_recsys.items.cards import ROLES, plain
+from attn_recsys.items.cards import BEAUTY_FILES, BEAUTY_MANUAL, ROLES, plain
 from attn_shared.app import DataCard, DataFile
 
 FILE_FORMATS = (
@@ -88,19 +88,8 @@ DATASETS: dict[str, DataCard] = {
             "a row drawn for each review",
             citation="J. McAuley et al., Amazon product data, 2014; K. Zhou et al., S3-Rec, CIKM 2020",
             subdir="recsys",
-            files=(
-                DataFile(
-                    path="amazon_beauty/Beauty.txt",
-                    sha256="226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
-                    bytes=1090094,
-                ),
-                DataFile(
-                    path="amazon_beauty/Beauty_item2attributes.json",
-                    sha256="129e40f67486f6877eff0f5318cfa8530ee8ac23d8b0d1de04e1bb7a2ba0b2d4",
-                    bytes=305674,
-                ),
-            ),
-            manual="take Beauty.txt and Beauty_item2attributes.json from data of github.com/RUCAIBox/CIKM2020-S3Rec",
+            files=BEAUTY_FILES,
+            manual=BEAUTY_MANUAL,
             facts={
                 "drawn rows": "every row is a review; those beside them are drawn, one for each, from products that "
                 "the reviewer does not have so far (in training, in training and validation, at all)",

@@ -7,13 +7,8 @@ a service needs neither PyTorch nor this package; `attn_recsys.clicks.serving` i
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ from attn_recsys.clicks.serving import METADATA, SCHEMA
 from attn_recsys.clicks.task import ClicksTask
 from attn_shared import trainer
 from attn_shared.errors import UserError
+from attn_shared.onnx_runtime import latency, open_session, quiet, run_session
 from attn_shared.runs import write_atomically
 from core_attn import dispatch
 
@@ -103,7 +99,7 @@ def export_run(
     return Exported(
         path=output,
         error=largest,
-        latency=latency(task, session, calls, candidates) if calls else {},
+        latency=latency(Served(task).eval(), session, example_inputs(task, candidates), calls) if calls else {},
         candidates=candidates,
         threads=torch.get_num_threads(),
     )
@@ -187,7 +183,7 @@ def to_onnx(task: ClicksTask) -> bytes:
             dims[name][1] = past
     kernels = {b.name for operator in dispatch.operators().values() for b in operator.backends} - _PLAIN
     try:
-        with _quiet(), dispatch.without(*kernels), torch.no_grad():
+        with quiet(), dispatch.without(*kernels), torch.no_grad():
             program = torch.onnx.export(
                 Served(task).eval(),
                 kwargs={"inputs": inputs},
@@ -220,23 +216,6 @@ def to_onnx(task: ClicksTask) -> bytes:
     return content
 
 
-def open_session(content: bytes) -> Any:
-    """An ONNX Runtime session with as many threads as PyTorch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
-def run_session(session: Any, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
-    """odds and probability."""
-    wanted = {value.name for value in session.get_inputs()}
-    result: list[np.ndarray] = session.run(None, {name: v.numpy() for name, v in inputs.items() if name in wanted})
-    return result
-
-
 def difference(task: ClicksTask, session: Any, rows: int) -> float:
     """Largest difference of log odds, as a share of the largest (at least 1)."""
     inputs = example_inputs(task, rows, seed=rows)
@@ -246,40 +225,3 @@ def difference(task: ClicksTask, session: Any, rows: int) -> float:
     if theirs.shape != tuple(ours.shape):
         return float("inf")
     return float(np.abs(ours.numpy() - theirs).max() / max(1.0, float(ours.abs().max())))
-
-
-def latency(task: ClicksTask, session: Any, calls: int, rows: int) -> dict[str, tuple[float, float]]:
-    """p50 and p99 in ms of a call with `rows` candidates, taken in turns, so that both meet the same machine."""
-    served, inputs = Served(task).eval(), example_inputs(task, rows)
-    times: dict[str, list[float]] = {"torch": [], "onnxruntime": []}
-    with torch.inference_mode():
-        for call in range(-max(5, calls // 10), calls):
-            for name, taken in times.items():
-                start = time.perf_counter()
-                if name == "torch":
-                    served(inputs)
-                else:
-                    run_session(session, inputs)
-                if call >= 0:
-                    taken.append(1e3 * (time.perf_counter() - start))
-    return {name: percentiles(taken) for name, taken in times.items()}
-
-
-def percentiles(times: list[float]) -> tuple[float, float]:
-    """p50 and p99."""
-    p50, p99 = np.percentile(times, [50, 99])
-    return float(p50), float(p99)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress and its notes on packages that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

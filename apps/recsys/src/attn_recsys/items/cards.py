@@ -58,6 +58,21 @@ FILE_FORMATS = (
 )
 FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".pq", ".inter")
 
+# Amazon Beauty serves both kinds of task.
+BEAUTY_FILES = (
+    DataFile(
+        path="amazon_beauty/Beauty.txt",
+        sha256="226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
+        bytes=1090094,
+    ),
+    DataFile(
+        path="amazon_beauty/Beauty_item2attributes.json",
+        sha256="129e40f67486f6877eff0f5318cfa8530ee8ac23d8b0d1de04e1bb7a2ba0b2d4",
+        bytes=305674,
+    ),
+)
+BEAUTY_MANUAL = "take Beauty.txt and Beauty_item2attributes.json from data of github.com/RUCAIBox/CIKM2020-S3Rec"
+
 DATASETS: dict[str, DataCard] = {
     card.name: card
     for card in (
@@ -147,19 +162,8 @@ DATASETS: dict[str, DataCard] = {
             split="--data_args.split leave_one_out is customary: the last product is test, the one before validation",
             citation="J. McAuley et al., Amazon product data, 2014; K. Zhou et al., S3-Rec, CIKM 2020",
             subdir="recsys",
-            files=(
-                DataFile(
-                    path="amazon_beauty/Beauty.txt",
-                    sha256="226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
-                    bytes=1090094,
-                ),
-                DataFile(
-                    path="amazon_beauty/Beauty_item2attributes.json",
-                    sha256="129e40f67486f6877eff0f5318cfa8530ee8ac23d8b0d1de04e1bb7a2ba0b2d4",
-                    bytes=305674,
-                ),
-            ),
-            manual="take Beauty.txt and Beauty_item2attributes.json from data of github.com/RUCAIBox/CIKM2020-S3Rec",
+            files=BEAUTY_FILES,
+            manual=BEAUTY_MANUAL,
         ),
     )
 }
