@@ -1,0 +1,1 @@
+"""The further commands of `genomics`."""

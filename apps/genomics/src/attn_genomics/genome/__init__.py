@@ -1,0 +1,1 @@
+"""Modelling the language of genomes."""

@@ -1,0 +1,1 @@
+"""The backbones and what reads them."""
