@@ -22,7 +22,8 @@ class GenomeDataConfig:
         val: share for validation.
         test: share for test.
         epoch_bases: bases of an epoch; 0 = as many as the training part has. Windows begin anywhere.
-        eval_bases: of validation at most so many bases are scored after an epoch, the first ones; 0 = all. Test is whole.
+        eval_bases: of validation at most so many bases are scored after an epoch, the first ones; 0 = all. All of test
+            is.
         min_record: shorter records are left out.
         shuffle: seed of what is drawn.
     """

@@ -21,7 +21,8 @@ class SequencesDataConfig:
         length: bases of a sequence: longer ones are cut around their middle, coordinates are widened or cut around
             theirs; 0 = as they are.
         split: "random" = drawn; "chromosome" = whole chromosomes (tables and files with coordinates); "given" = the
-            data set's own parts; "auto" = given where there are any, else by chromosome where there are any, else drawn.
+            data set's own parts; "auto" = given where there are any, else by chromosome where there are any, else
+            drawn.
         val: share of the training part held out for validation where there is none.
         test: share held out for test where there is none; 1 = everything, such as to evaluate a file.
         chromosomes_val: chromosomes for validation, such as "XIV"; empty = drawn.
