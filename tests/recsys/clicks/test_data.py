@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from attn_recsys.clicks.data import ClicksSet, padded, prepare, repeated
 from attn_recsys.clicks.encode import FIRST, PADDING, UNKNOWN, Encoder
@@ -149,6 +150,80 @@ def test_training_rows_do_not_know_of_later_clicks() -> None:
     full = a.table
     shown = {(u, i) for u, i, p in zip(words(full, "user"), words(full, "item"), a.part) if p == TRAIN}
     assert (shown - trained) & clicked
+
+
+def test_each_epoch_draws_anew() -> None:
+    """Others in each epoch and seed, the same ones again, never the user's own, with what follows from the item."""
+    table, args = clicks(), ClicksDataConfig(negatives=2)
+    made = prepare(table, args)
+    train, encoder, full = made.train, made.encoder, made.table
+    assert full.label is not None
+    rows = np.flatnonzero(made.part == TRAIN)
+    drawn = np.flatnonzero(full.label[rows] == 0)
+    index = list(range(len(train)))
+    fixed = train.__getitems__(index)
+    np.testing.assert_array_equal(fixed["names"], train.names)
+    train.set_epoch(0, 3)
+    third = train.__getitems__(index)
+    train.set_epoch(0, 4)
+    fourth = train.__getitems__(index)
+    train.set_epoch(1, 4)
+    other = train.__getitems__(index)
+    train.set_epoch(0, 3)
+    # Whatever the batches are.
+    for again in (index[::-1], index[5:17]):
+        np.testing.assert_array_equal(train.__getitems__(again)["names"], third["names"][again])
+    item = encoder.single.index("item")
+    for a, b in ((fixed, third), (third, fourth), (fourth, other)):
+        assert 0.8 < float((a["names"][drawn, item] != b["names"][drawn, item]).float().mean()) < 1
+    clicked = np.setdiff1d(index, drawn)
+    brings = {encoder.single.index("item"), encoder.single.index("category")}
+    for batch in (third, fourth, other):
+        for name in ("label", "numbers", "user", "activity"):
+            assert torch.equal(batch[name], fixed[name])
+        assert torch.equal(batch["names"][clicked], fixed["names"][clicked])
+        assert torch.equal(batch["many.tags"][clicked], fixed["many.tags"][clicked])
+        for column in set(range(len(encoder.single))) - brings:
+            assert torch.equal(batch["names"][:, column], fixed["names"][:, column])
+    words_of = [field["names"] for field in encoder.state["fields"]]
+    tags = words_of[[field["name"] for field in encoder.state["fields"]].index("tags")]
+    had = {(u, i) for u, i, p in zip(words(table, "user"), words(table, "item"), split(table, args)) if p == TRAIN}
+    user, category = encoder.single.index("user"), encoder.single.index("category")
+    for names, many in zip(third["names"][drawn].tolist(), third["many.tags"][drawn].tolist()):
+        found = words_of[item][names[item] - FIRST]
+        assert (words_of[user][names[user] - FIRST], found) not in had
+        number = int(found[1:])
+        assert words_of[category][names[category] - FIRST] == f"c{number % 4}"
+        assert {tags[code - FIRST] for code in many if code} == {f"t{number % 3}", f"t{number % 5 + 3}"}
+
+
+def test_drawn_rows_stand_behind_their_own_users() -> None:
+    """Also where users are missing, and so users of their own, or have every item."""
+    items = [f"i{i}" for i in range(6)]
+    table = Table(
+        name="t",
+        rows=12,
+        single={
+            "user": names_of([None, "all", *["few", None], *["all"] * 5, "few", "some", None]),
+            "item": names_of(["i3", "i0", "i0", "i1", *items[1:], "i2", "i4", "i5"]),
+        },
+        user="user",
+        item="item",
+        part=np.zeros(12, np.int8),
+    )
+    made = prepare(table, ClicksDataConfig(negatives=4, split="given"))
+    assert len(made.train) == 12 + 4 * 6
+    names = made.encoder.state["fields"][made.encoder.single.index("item")]["names"]
+    seen: dict[int, set[str]] = {}
+    for epoch in range(30):
+        made.train.set_epoch(0, epoch)
+        batch = made.train.__getitems__(range(len(made.train)))
+        click = torch.cumsum(batch["label"], 0).long() - 1
+        column = batch["names"][:, made.encoder.single.index("item")]
+        for row in torch.nonzero(batch["label"] == 0).flatten().tolist():
+            seen.setdefault(int(click[row]), set()).add(names[int(column[row]) - FIRST])
+    own = {0: {"i3"}, 2: {"i0", "i2"}, 3: {"i1"}, 9: {"i0", "i2"}, 10: {"i4"}, 11: {"i5"}}
+    assert seen == {click: set(items) - had for click, had in own.items()}
 
 
 def test_a_user_with_every_item_gets_no_drawn_rows() -> None:

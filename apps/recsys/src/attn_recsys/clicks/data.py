@@ -20,11 +20,13 @@ from torch.utils.data import Dataset
 from attn_recsys.clicks.cards import DATASETS
 from attn_recsys.clicks.encode import FIRST, Encoded, Encoder
 from attn_recsys.clicks.options import ClicksDataConfig
-from attn_recsys.clicks.splits import TEST, TRAIN, VAL, split, with_negatives
+from attn_recsys.clicks.splits import TEST, TRAIN, VAL, Absent, origins, split, with_negatives
 from attn_recsys.clicks.table import Lists, Table, gather
+from attn_recsys.items.data import draws
 from attn_recsys.models.clicks import ClicksShape
 from attn_shared import datasets
 from attn_shared.errors import UserError
+from attn_shared.seeding import derive
 
 _TELLING = 0.995  # AUC of a column alone from which it is suspected of knowing the outcome
 
@@ -120,6 +122,68 @@ class ClicksSet(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
 
+class DrawnSet(ClicksSet):
+    """Training rows whose drawn ones are drawn anew in each epoch.
+
+    What is drawn follows from seed, epoch and row, so neither batches nor processes change it. Before the first epoch,
+    and in the arrays, all is as the table has it.
+
+    Args:
+        rows, label: as in `ClicksSet`.
+        table: with drawn rows behind each click.
+        absent: of the clicks alone.
+        encoder: of the encoded rows.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        rows: np.ndarray,
+        *,
+        label: np.ndarray,
+        user: np.ndarray,
+        activity: np.ndarray,
+        table: Table,
+        absent: Absent,
+        encoder: Encoder,
+    ) -> None:
+        super().__init__(encoded, rows, label=label, user=user, activity=activity, item=table.item)
+        self._absent = absent
+        self._drawn = np.flatnonzero(label[rows] == 0)
+        # The number of the click that each of them stands behind.
+        self._click = (np.cumsum(label > 0) - 1)[rows[self._drawn]]
+        # Every item once, with what follows from it.
+        assert table.item is not None
+        items = table.take(np.maximum(origins(table), 0))
+        column = table.single[table.item]
+        one = dataclasses.replace(column, code=np.arange(len(column.names)))
+        found = encoder.encode(dataclasses.replace(items, single={**items.single, table.item: one}))
+        following = (table.item, *table.item_columns)
+        self._columns = [i for i, name in enumerate(encoder.single) if name in following]
+        self._of_drawn = found.names[:, self._columns]
+        self._lists = {
+            name: (np.concatenate([start, start[-1] + more[1:]]), np.concatenate([number, names]))
+            for name, (start, number) in self.many.items()
+            for more, names in [found.many[name]]
+            if name in following
+        }
+        self._names, self._place = self.names, np.arange(len(self))
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        chance = draws(derive(seed, "clicks"), epoch, self._drawn, 1)[:, 0]
+        item = self._absent.drawn(self._click, chance)
+        self._names, self._place = self.names.copy(), np.arange(len(self))
+        self._names[self._drawn[:, None], self._columns] = self._of_drawn[item]
+        self._place[self._drawn] = len(self) + item
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        batch, index = super().__getitems__(indices), np.asarray(indices, np.int64)
+        batch["names"] = torch.from_numpy(self._names[index])
+        for name, value in self._lists.items():
+            batch[f"many.{name}"] = torch.from_numpy(padded(*value, self._place[index]))
+        return batch
+
+
 def _taken(start: np.ndarray, number: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     begin, place = gather(start, rows)
     return begin, number[place]
@@ -169,10 +233,13 @@ def prepare(table: Table, args: ClicksDataConfig, state: Mapping[str, Any] | Non
     part = split(table, args)
     notes = [*table.notes, *repeated(table, part)]
     drawn = args.negatives or table.negatives
+    absent = None
     if table.label is None:
         if drawn < 1:
             raise UserError("every row is a click; draw others with --data_args.negatives 2")
-        table, part, found = with_negatives(table, part, dataclasses.replace(args, negatives=drawn))
+        clicks, among = table, part
+        table, part, found = with_negatives(clicks, among, dataclasses.replace(args, negatives=drawn))
+        absent = Absent(clicks, among, TRAIN)
         notes += found
     elif args.negatives:
         raise UserError("the table has labels, so --data_args.negatives must be 0")
@@ -196,7 +263,18 @@ def prepare(table: Table, args: ClicksDataConfig, state: Mapping[str, Any] | Non
     def made(chosen: np.ndarray) -> ClicksSet:
         return ClicksSet(encoded, chosen, label=label, user=user, activity=activity, item=table.item)
 
-    train = made(rows[TRAIN])
+    if absent is None:
+        train = made(rows[TRAIN])
+    else:
+        train = DrawnSet(
+            *(encoded, rows[TRAIN]),
+            label=label,
+            user=user,
+            activity=activity,
+            table=table,
+            absent=absent,
+            encoder=encoder,
+        )
     val, test = (made(rows[number]) if len(rows[number]) else None for number in (VAL, TEST))
     if len(rows[TEST]):
         shares = encoder.unknown(_rows(encoded, rows[TEST]))
@@ -277,7 +355,7 @@ def protocol(args: ClicksDataConfig, drawn: int, users: bool) -> str:
     }[args.split]
     rows = (
         f"SAMPLED: each click beside {drawn} drawn items that its user does not have (so far: training knows training "
-        "only), so probabilities are those of this mixture"
+        "only), those of training anew in each epoch, so probabilities are those of this mixture"
         if drawn
         else "every impression scored"
     )

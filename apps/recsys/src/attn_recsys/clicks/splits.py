@@ -126,47 +126,68 @@ def with_negatives(table: Table, part: np.ndarray, args: ClicksDataConfig) -> tu
             "drawing rows that were not clicked needs users and items: name their columns with "
             "--data_args.user_column and --data_args.item_column"
         )
-    users = table.users()
-    assert users is not None
-    owners, user = np.unique(users, return_inverse=True)
     items = table.single[table.item]
     if (items.code < 0).any():
         raise UserError(f"column {table.item!r} lacks the item of {int((items.code < 0).sum()):,} rows")
-    origin = origins(table)
-    size = len(items.names)
-    had_user, had_item, had_part = user, items.code, part
-    if table.past is not None:
-        past = table.past
-        known = {name: i for i, name in enumerate(items.names)}
-        code = np.array([known.get(name, -1) for name in past.names], np.int64)[past.code]
-        counts = np.diff(past.start)
-        here = code >= 0
-        had_user = np.concatenate([user, np.repeat(user, counts)[here]])
-        had_item = np.concatenate([items.code, code[here]])
-        had_part = np.concatenate([part, np.repeat(part, counts)[here]])
     rows, drawn = [], []
     short = 0
     for number in (TRAIN, VAL, TEST):
         chosen = np.flatnonzero(part == number)
         if not len(chosen):
             continue
-        earlier = had_part <= number
-        # Only items that occur so far are drawn; they are numbered anew, closely.
-        pool = np.unique(items.code[part <= number])
-        close = np.full(size, -1, np.int64)
-        close[pool] = np.arange(len(pool))
-        inside = earlier & (close[had_item] >= 0)
-        had = Pairs(had_user[inside], close[had_item[inside]], len(owners), len(pool))
-        free = len(pool) - had.counts()[user[chosen]]
+        absent = Absent(table, part, number)
+        free = absent.free[chosen]
         short += int((free == 0).sum())
-        chosen, free = chosen[free > 0], free[free > 0]
-        uniform = draws(derive(args.shuffle, "negatives", number), 0, chosen, args.negatives)
-        place = np.minimum((uniform * free[:, None]).astype(np.int64), free[:, None] - 1)
-        owner = np.repeat(user[chosen][:, None], args.negatives, axis=1)
-        rows.append(np.repeat(chosen, args.negatives))
-        drawn.append(pool[had.others(owner, place).ravel()])
+        chosen = chosen[free > 0]
+        chance = draws(derive(args.shuffle, "negatives", number), 0, chosen, args.negatives)
+        again = np.repeat(chosen, args.negatives)
+        rows.append(again)
+        drawn.append(absent.drawn(again, chance.ravel()))
     notes = [f"{short:,} clicks of users who have every item got no drawn rows"] if short else []
-    return *_joined(table, part, np.concatenate(rows), np.concatenate(drawn), origin), notes
+    return *_joined(table, part, np.concatenate(rows), np.concatenate(drawn)), notes
+
+
+class Absent:
+    """The items that each row's user does not have in a part or those before it, among the items of these parts.
+
+    Args:
+        table: clicks alone, with users and items.
+        part: (N,) of its rows.
+        number: the last part that is known.
+
+    Attributes:
+        free: (N,) how many there are for the user of each row.
+    """
+
+    def __init__(self, table: Table, part: np.ndarray, number: int) -> None:
+        users = table.users()
+        assert users is not None
+        assert table.item is not None
+        owners, self._user = np.unique(users, return_inverse=True)
+        items = table.single[table.item]
+        had_user, had_item, had_part = self._user, items.code, part
+        if table.past is not None:
+            past = table.past
+            known = {name: i for i, name in enumerate(items.names)}
+            code = np.array([known.get(name, -1) for name in past.names], np.int64)[past.code]
+            counts = np.diff(past.start)
+            here = code >= 0
+            had_user = np.concatenate([had_user, np.repeat(self._user, counts)[here]])
+            had_item = np.concatenate([had_item, code[here]])
+            had_part = np.concatenate([part, np.repeat(part, counts)[here]])
+        # Only items that occur so far are drawn; they are numbered anew, closely.
+        self._pool = np.unique(items.code[part <= number])
+        close = np.full(len(items.names), -1, np.int64)
+        close[self._pool] = np.arange(len(self._pool))
+        inside = (had_part <= number) & (close[had_item] >= 0)
+        self._had = Pairs(had_user[inside], close[had_item[inside]], len(owners), len(self._pool))
+        self.free = len(self._pool) - self._had.counts()[self._user]
+
+    def drawn(self, rows: np.ndarray, chance: np.ndarray) -> np.ndarray:
+        """(R,) an item for each of `rows`, whose users have one to be drawn, by a number uniform in [0, 1)."""
+        free = self.free[rows]
+        place = np.minimum((chance * free).astype(np.int64), free - 1)
+        return np.asarray(self._pool[self._had.others(self._user[rows], place)])
 
 
 def origins(table: Table) -> np.ndarray:
@@ -178,9 +199,8 @@ def origins(table: Table) -> np.ndarray:
     return found
 
 
-def _joined(
-    table: Table, part: np.ndarray, rows: np.ndarray, items: np.ndarray, origin: np.ndarray
-) -> tuple[Table, np.ndarray]:
+def _joined(table: Table, part: np.ndarray, rows: np.ndarray, items: np.ndarray) -> tuple[Table, np.ndarray]:
+    origin = origins(table)
     clicks = np.arange(table.rows)
     # Each click, then its drawn rows.
     order = np.argsort(np.concatenate([clicks, rows]), kind="stable")
