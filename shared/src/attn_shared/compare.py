@@ -26,7 +26,7 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from attn_shared import options, page, plotting, trainer
+from attn_shared import datasets, options, page, plotting, trainer
 from attn_shared.app import App, ModelCard
 from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import UserError
@@ -116,12 +116,16 @@ def compare(
         The folder with comparison.{md,csv,json,html}.
 
     Raises:
-        UserError: a mechanism that does not fit a model (before anything is trained), or not one cell succeeded.
+        UserError: a mechanism that does not fit a model or data that is not here (before anything is trained), or not
+            one cell succeeded.
     """
     if config.trainer.devices != 1:
         raise UserError("compare trains in one process; leave --trainer.devices at 1")
     models = list(dict.fromkeys(models or [config.model]))
     cells = _grid(app, config, models, list(mixers) or [None], seeds, settings or {})
+    card = app.datasets.get(config.data)
+    if card is not None and card.files:
+        datasets.locate(card)
     if output is None:
         data = Path(config.data).stem if Path(config.data).suffix else config.data
         output = Path(config.runs) / slug(app.name) / "compare" / f"{'+'.join(map(slug, models))}-{slug(data)}"

@@ -15,6 +15,8 @@ import torch
 
 from attn_shared import compare as module
 from attn_shared import trainer
+from attn_shared.app import DataFile
+from attn_shared.cli import run
 from attn_shared.compare import compare
 from attn_shared.config import OptimConfig, RunConfig
 from attn_shared.errors import UserError
@@ -85,6 +87,22 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 MIXERS = ("flow", "auto_correlation")
+
+
+def test_missing_data_is_said_once_and_nothing_is_trained(
+    world: Any, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATTN_DATA", str(tmp_path))
+    (card,) = (card for name, card in world.app.datasets.items() if name == world.config().data)
+    far = dataclasses.replace(card, embedded=False, files=(DataFile(path="sums/a.csv"),), manual="ask for it")
+    app = dataclasses.replace(world.app, datasets={far.name: far})
+    assert run(app, ["compare", "--data", far.name, "--seeds", "3", "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0
+    assert "is not under" in said
+    assert "ask for it" in said
+    assert not stub.trained
+    assert not (tmp_path / "out").exists()
 
 
 def test_grid_table_and_files(
