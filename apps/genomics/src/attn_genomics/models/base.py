@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,11 @@ class Backbone(nn.Module):
 
     Attributes:
         width: channels C of what `forward` gives.
-
-    Class attributes:
-        strides: bases a place of the output stands for. 1 is what a language model needs.
+        strides: bases a place of the output stands for, the last one of a row for what is left. 1 is what a language
+            model needs.
     """
 
-    strides: ClassVar[int] = 1
+    strides: int = 1
     width: int
 
     def __init__(
@@ -59,6 +58,16 @@ class Backbone(nn.Module):
         """Whether `init_state` and `step` carry a state over any length."""
         return False
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `init_state` and `step` work, up to `longest` bases and at a cost that may grow with them."""
+        return self.streams
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that the model can take; None = any."""
+        return None
+
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L) codes of `attn_genomics.tokens` -> (B, P, C).
 
@@ -77,11 +86,11 @@ class Backbone(nn.Module):
         return None
 
     def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-        """The state before the first base; only where `streams`."""
+        """The state before the first base; only where `decodes`."""
         raise ValueError(f"{type(self).__name__} carries no state")
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """(B, T) further bases and the state so far -> (B, T, C) and the state after them; only where `streams`."""
+        """(B, T) further bases and the state so far -> (B, T, C) and the state after them; only where `decodes`."""
         raise ValueError(f"{type(self).__name__} carries no state")
 
     def load_official(self, tensors: Mapping[str, Tensor]) -> None:

@@ -67,12 +67,10 @@ class ClassHead(nn.Module):
 
     def _parts(self, features: Tensor, counts: Tensor) -> Tensor:
         """Means of `bins` parts as equal as can be, each of at least one place: (B, bins C)."""
-        sums = F.pad(features.double().cumsum(dim=1), (0, 0, 1, 0))
         edges = torch.arange(self.bins + 1, device=features.device)
         starts = edges[:-1] * counts[:, None] // self.bins
         ends = torch.maximum((edges[1:] * counts[:, None] + self.bins - 1) // self.bins, starts + 1)
-        width = features.shape[2]
-        total = sums.gather(1, ends[..., None].expand(-1, -1, width)) - sums.gather(
-            1, starts[..., None].expand(-1, -1, width)
-        )
-        return (total / (ends - starts)[..., None]).to(features.dtype).flatten(1)
+        place = torch.arange(features.shape[1], device=features.device)
+        inside = (place >= starts[..., None]) & (place < ends[..., None])
+        weights = inside.to(features.dtype) / (ends - starts)[..., None].to(features.dtype)
+        return torch.bmm(weights, features).flatten(1)
