@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from attn_recsys.cli import APP, kind_of_file, main
+from attn_recsys.clicks.baselines import fitted
 from attn_recsys.clicks.data import load_table, prepare
 from attn_recsys.clicks.options import ClicksDataConfig
 from attn_recsys.clicks.predict import log_odds
+from attn_recsys.clicks.synthetic import synthetic_clicks
 from attn_recsys.clicks.task import ClicksTask
 from attn_shared import trainer
 from attn_shared.errors import UserError
+from attn_shared.task import DataBundle
 
 
 def results(run: Path) -> dict:
@@ -223,3 +226,16 @@ def test_frappe() -> None:
     assert {len(values) for values in cost.values()} == {1}
     assert made.train.label.mean() == pytest.approx(1 / 3)
     assert torch.is_tensor(made.train.__getitems__([0])["names"])
+
+
+def test_simple_models_are_fitted_once_for_equal_data() -> None:
+    def bundle(shuffle: int) -> DataBundle:
+        args = ClicksDataConfig(shuffle=shuffle)
+        made = prepare(synthetic_clicks(400), args)
+        return DataBundle(train=made.train, val=made.val, test=made.test, state=made.state)
+
+    first = fitted(bundle(0))
+    assert fitted(bundle(0)) is first
+    other = fitted(bundle(1))
+    assert [one.name for one in other] == [one.name for one in first]
+    assert any((a.odds != b.odds).any() for a, b in zip(first, other))
