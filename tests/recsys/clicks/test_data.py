@@ -197,6 +197,15 @@ def test_each_epoch_draws_anew() -> None:
         assert {tags[code - FIRST] for code in many if code} == {f"t{number % 3}", f"t{number % 5 + 3}"}
 
 
+def test_rows_may_be_drawn_once() -> None:
+    made = prepare(clicks(), ClicksDataConfig(negatives=2, redraw=False))
+    anew = prepare(clicks(), ClicksDataConfig(negatives=2))
+    assert type(made.train) is ClicksSet
+    np.testing.assert_array_equal(made.train.names, anew.train.names)
+    assert "anew in each epoch" in anew.protocol
+    assert "anew in each epoch" not in made.protocol
+
+
 def test_drawn_rows_stand_behind_their_own_users() -> None:
     """Also where users are missing, and so users of their own, or have every item."""
     items = [f"i{i}" for i in range(6)]

@@ -239,7 +239,7 @@ def prepare(table: Table, args: ClicksDataConfig, state: Mapping[str, Any] | Non
             raise UserError("every row is a click; draw others with --data_args.negatives 2")
         clicks, among = table, part
         table, part, found = with_negatives(clicks, among, dataclasses.replace(args, negatives=drawn))
-        absent = Absent(clicks, among, TRAIN)
+        absent = Absent(clicks, among, TRAIN) if args.redraw else None
         notes += found
     elif args.negatives:
         raise UserError("the table has labels, so --data_args.negatives must be 0")
@@ -355,7 +355,8 @@ def protocol(args: ClicksDataConfig, drawn: int, users: bool) -> str:
     }[args.split]
     rows = (
         f"SAMPLED: each click beside {drawn} drawn items that its user does not have (so far: training knows training "
-        "only), those of training anew in each epoch, so probabilities are those of this mixture"
+        f"only){', those of training anew in each epoch' if args.redraw else ''}, so probabilities are those of this "
+        "mixture"
         if drawn
         else "every impression scored"
     )

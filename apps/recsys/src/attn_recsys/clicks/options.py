@@ -25,6 +25,7 @@ class ClicksDataConfig:
         max_length: items of behaviour kept, the last ones.
         negatives: rows added for each click, its item replaced by one that the user never had (training ones known to
             training only); 0 where the table has labels.
+        redraw: draw those of training anew in each epoch; false = the same ones in all.
         split: "random" = rows, "user" = all rows of a user on one side, "time" = the last rows of all, "leave_one_out"
             = each user's last click for test, the one before for validation, "given" = the data set's own.
         test: share of the rows for test.
@@ -45,6 +46,7 @@ class ClicksDataConfig:
     min_count: int = 1
     max_length: int = 50
     negatives: int = 0
+    redraw: bool = True
     split: Literal["random", "user", "time", "leave_one_out", "given"] = "random"
     test: float = 0.2
     val: float = 0.1
