@@ -1,6 +1,6 @@
-"""BiGLA: gated linear attention (S196) over DNA in both directions, by the mixer of ViG (S220); not a published DNA model.
+"""BiGLA: gated linear attention (S196) over DNA in both directions, by the mixer of ViG (S220).
 
-A convolution finds motifs, then blocks of attention and a feed-forward layer, both on normalised input and added to it.
+Not a published DNA model. A convolution finds motifs, then blocks of attention and a feed-forward layer, both on normalised input and added to it.
 Shapes: B sequences, L bases, C channels.
 """
 

@@ -115,10 +115,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         read = self.norm1(x)
         # What fills up a row stands behind it, where a causal mixer never looks.
-        if mask is None or self.mixer.causal:
-            mixed = self.mixer(read)
-        else:
-            mixed = self.mixer(read, key_padding_mask=mask)
+        mixed = self.mixer(read) if mask is None or self.mixer.causal else self.mixer(read, key_padding_mask=mask)
         return self._rest(x + self.dropout(mixed))
 
     def init_state(self, batch: int, *, device: torch.device | None, dtype: torch.dtype | None) -> Any:

@@ -58,7 +58,7 @@ def hyenadna(
         Our state_dict. Trained positions become `offsets` of the filters, where they differ from the definition's.
 
     Raises:
-        ValueError: a name left over or missing, another shape, or a buffer that says something else than the definition.
+        ValueError: a name left over or missing, another shape, or a buffer that is not what the definition says.
     """
     left = {name.removeprefix("model."): value for name, value in tensors.items()}
     found: dict[str, Tensor] = {}
@@ -92,7 +92,7 @@ def hyenadna(
         expected = _features(written)
         if features.shape != expected.shape:
             raise ValueError(
-                f"the published filters have {tuple(features.shape)} places and features, these {tuple(expected.shape)}: "
+                f"published filters have {tuple(features.shape)} places and features, these {tuple(expected.shape)}: "
                 f"set l_max={features.shape[0]} and emb_dim={features.shape[1]}"
             )
         offsets = features.double() - expected
