@@ -6,9 +6,9 @@ from attn_shared.app import DataCard, DataFile
 
 FILE_FORMATS = (
     "To classify sequences: a CSV or TSV file (gzip too) with a column of sequences and one of labels, or with "
-    "coordinates (chrom, start, end, strand; counted from 0, end excluded) and --data_args.fasta; a BED or GTF/GFF3 file "
-    "with --data_args.fasta; a folder with one FASTA file a class; a folder with train, dev and test as CSV files (GUE) "
-    "or as folders of one FASTA, or one table of coordinates (Genomic Benchmarks), a class."
+    "coordinates (chrom, start, end, strand; counted from 0, end excluded) and --data_args.fasta; a BED or GTF/GFF3 "
+    "file with --data_args.fasta; a folder with one FASTA file a class; a folder with train, dev and test as CSV files "
+    "(GUE) or as folders of one FASTA file, or one table of coordinates (Genomic Benchmarks), a class."
 )
 FILE_SUFFIXES = (
     *(
@@ -127,7 +127,7 @@ def _benchmark(name: str, title: str, file: str, checksum: str, size: int, count
         title=f"Genomic Benchmarks, test part only: {title}",
         task="classify sequences",
         licence="source repository MIT, original collection Apache-2.0; none stated for the sequences separately",
-        source="github.com/allison-eunse/ai4h-inspired-fm-benchmark-hub, toy_data/genomics/dna_sequences, as CSV, gzipped",
+        source="github.com/allison-eunse/ai4h-inspired-fm-benchmark-hub, toy_data/genomics/dna_sequences",
         size=count,
         split="all of it is test: for evaluating a model that was trained elsewhere, not for training",
         citation=f"K. Gresova et al., Genomic benchmarks, BMC Genomic Data 2023; {origin}",
@@ -160,7 +160,7 @@ DATASETS: dict[str, DataCard] = {
             title="Synthetic grammar of motifs: two motifs, and what counts is order, spacing and strand",
             task="classify sequences",
             licence="made by this application",
-            source="generated: both classes hold the same motifs as often, so that counts of k-mers cannot tell them apart",
+            source="generated: both classes hold the same motifs as often, so that counts of k-mers hardly tell them",
             size="4,000 sequences of 120 bases",
             split="70 / 10 / 20 %, drawn",
             citation="none",
@@ -204,8 +204,8 @@ DATASETS: dict[str, DataCard] = {
             files=(YEAST_FASTA, YEAST_GTF),
             manual=YEAST_MANUAL,
             facts={
-                "sequences": "pieces of 200 bases that do not overlap, as they stand in the genome: genes of both strands "
-                "are mixed; of each chromosome as many of either class",
+                "sequences": "pieces of 200 bases that do not overlap, as they stand in the genome: genes of both "
+                "strands are mixed; of each chromosome as many of either class",
                 "class coding": "inside one CDS of the annotation",
                 "class other": "no base in a CDS: between genes, introns, RNA genes",
             },
