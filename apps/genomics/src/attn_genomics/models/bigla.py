@@ -1,7 +1,7 @@
 """BiGLA: gated linear attention (S196) over DNA in both directions, by the mixer of ViG (S220).
 
-Not a published DNA model. A convolution finds motifs, then blocks of attention and a feed-forward layer, both on normalised input and added to it.
-Shapes: B sequences, L bases, C channels.
+Not a published DNA model. A convolution finds motifs, then come blocks of attention and a feed-forward layer, both on
+normalised input and added to it. Shapes: B sequences, L bases, C channels.
 """
 
 from __future__ import annotations
