@@ -110,6 +110,7 @@ class BiGLAConfig:
         layers: blocks.
         heads: of attention.
         kernel: bases of the first convolution.
+        pool: places that are joined by their maximum after it; a language model needs 1.
         ffn: width of a feed-forward layer over `dim`.
         dropout: of embeddings and of what a block adds.
         causal: read what comes before only, so that the model can be trained by the next base and can generate.
@@ -120,6 +121,7 @@ class BiGLAConfig:
     layers: int = 2
     heads: int = 4
     kernel: int = 15
+    pool: int = 1
     ffn: float = 2.0
     dropout: float = 0.1
     causal: bool = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attn_genomics.config import BiGLAConfig
 from attn_genomics.models.base import Backbone, Shape
-from attn_genomics.models.blocks import LETTERS, Block, Blocks, FeedForward, build_mixer, letters
+from attn_genomics.models.blocks import LETTERS, Block, Blocks, FeedForward, build_mixer, letters, strongest
 from attn_shared.layers import Dropout
 
 
@@ -44,7 +44,10 @@ class BiGLA(Backbone):
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
         if config.kernel < 1:
             raise ValueError(f"kernel must be at least 1, got {config.kernel}")
-        self.width = dim = config.dim
+        if config.pool < 1 or (config.causal and config.pool > 1):
+            raise ValueError(f"pool must be at least 1, and 1 for a causal model, got {config.pool}")
+        self.width, self.strides = config.dim, config.pool
+        dim = config.dim
         # One spelling of ViG is given where nobody chose: it cannot be causal, and GLA is what it is made of.
         name = "gla" if config.causal and mixer in (None, "vig") else mixer or "vig"
         self.stem = nn.Conv1d(LETTERS, dim, config.kernel)
@@ -81,12 +84,12 @@ class BiGLA(Backbone):
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         around = self.config.kernel - 1
         left = around if self.causal else around // 2
-        x = self._found(F.pad(x.mT, (left, around - left)))
-        return self.norm(self.blocks(x, mask))
+        x, mask = strongest(self._found(F.pad(x.mT, (left, around - left))), mask, self.strides)
+        return self.norm(self.blocks(self.dropout(x.mT), mask))
 
     def _found(self, x: Tensor) -> Tensor:
-        """(B, 5, L + kernel - 1) -> (B, L, C)."""
-        return self.dropout(F.gelu(self.stem(x).mT))
+        """(B, 5, L + kernel - 1) -> (B, C, L)."""
+        return F.gelu(self.stem(x))
 
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -101,5 +104,5 @@ class BiGLA(Backbone):
     def step(self, tokens: Tensor, state: BiGLAState) -> tuple[Tensor, BiGLAState]:
         x = torch.cat([state.past, letters(tokens, state.past.dtype).mT], dim=2)
         past = x[:, :, tokens.shape[1] :].clone()
-        x, blocks = self.blocks.step(self._found(x), state.blocks)
+        x, blocks = self.blocks.step(self._found(x).mT, state.blocks)
         return self.norm(x), BiGLAState(past, blocks)

@@ -77,6 +77,22 @@ def turn(x: Tensor, lengths: Tensor | None = None) -> Tensor:
     return x.gather(1, ((lengths[:, None] - 1 - place) % length)[..., None].expand_as(x))
 
 
+def strongest(x: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+    """(B, C, L), mask (B, L) -> the maxima of every `size` places, the last of a row of what is left, and their mask.
+
+    What fills up a row is 0 in what comes back.
+    """
+    if mask is not None:
+        x = x.masked_fill(~mask.unsqueeze(1), 0.0 if size == 1 else -torch.inf)
+    if size == 1:
+        return x, mask
+    x = F.max_pool1d(x, size, ceil_mode=True)
+    if mask is not None:
+        mask = mask[:, ::size]
+        x = x.masked_fill(~mask.unsqueeze(1), 0.0)
+    return x, mask
+
+
 class FeedForward(nn.Module):
     """W₂ gelu(W₁ x + b₁) + b₂, with gelu's tanh form.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attn_genomics.config import CNNConfig
 from attn_genomics.models.base import Backbone, Shape
-from attn_genomics.models.blocks import LETTERS, letters
+from attn_genomics.models.blocks import LETTERS, letters, strongest
 from attn_shared.errors import UserError
 from attn_shared.layers import Dropout
 
@@ -50,13 +50,7 @@ class CNN(Backbone):
         if mask is not None:  # whatever stands there, it is no base
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         x = F.gelu(self.norms[0](_same(self.motifs, x.mT), mask))
-        if self.strides > 1:
-            if mask is not None:
-                x = x.masked_fill(~mask.unsqueeze(1), -torch.inf)
-            x = F.max_pool1d(x, self.strides, ceil_mode=True)
-            if mask is not None:
-                mask = F.max_pool1d(mask[:, None].float(), self.strides, ceil_mode=True)[:, 0] > 0
-                x = x.masked_fill(~mask.unsqueeze(1), 0.0)
+        x, mask = strongest(x, mask, self.strides)
         x = self.dropout(x)
         for layer, norm in zip(self.layers, list(self.norms)[1:], strict=True):
             if mask is not None:

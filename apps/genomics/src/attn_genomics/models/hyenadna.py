@@ -32,6 +32,11 @@ _VOCABULARY = 16
 _IDS = (7, 8, 9, 10, 11, 3)
 
 
+def length_of_filters(l_max: int, shape: Shape) -> int:
+    """Places that filters are functions of, where the option is `l_max`."""
+    return l_max or max(SHORTEST, shape.length)
+
+
 class HyenaDNA(Backbone):
     """The decoder of the paper. Bases go in as the published ids, so that published weights fit."""
 
@@ -45,7 +50,7 @@ class HyenaDNA(Backbone):
     ) -> None:
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
         self.width = dim = config.d_model
-        self.l_max = config.l_max or max(SHORTEST, shape.length)
+        self.l_max = length_of_filters(config.l_max, shape)
         self.hyena = mixer in (None, "hyena")
         own: dict[str, Any] = {
             "order": config.order,

@@ -29,20 +29,13 @@ def real(lengths: Tensor | None, length: int) -> Tensor | None:
     return torch.arange(length, device=lengths.device) < lengths[:, None]
 
 
-def _turned_at_random(tokens: Tensor, lengths: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Each row as it is or from the other strand, with probability 1/2."""
-    chosen = torch.rand(len(tokens), generator=generator, device=generator.device if generator else tokens.device)
-    return torch.where((chosen < 0.5).to(tokens.device)[:, None], reverse_complement(tokens, lengths), tokens)
-
-
 class Classifier(nn.Module):
     """Which class a sequence is of.
 
     Args:
         backbone: what reads the sequence.
         head: what reads the backbone.
-        rc: see `SequencesTaskConfig`. In train mode "augment" and "average" turn sequences at random here, with draws
-            of torch's global generator.
+        rc: see `SequencesTaskConfig`. Sequences are turned at random where they are drawn, not here.
     """
 
     def __init__(self, backbone: Backbone, head: ClassHead, rc: RC = "none") -> None:
@@ -54,8 +47,6 @@ class Classifier(nn.Module):
         mask = real(lengths, tokens.shape[1])
         if mask is None:
             lengths = None
-        if self.training and self.rc in ("augment", "average"):
-            tokens = _turned_at_random(tokens, lengths, None)
         places = None if mask is None else mask[:, :: self.backbone.strides]
         if self.rc != "equivariant":
             return self.head(self.backbone(tokens, mask), places)
@@ -82,7 +73,7 @@ class LanguageModel(nn.Module):
 
     Args:
         backbone: one without strides.
-        rc: see `GenomeTaskConfig`. `loss` turns windows at random for "augment" and "average".
+        rc: see `GenomeTaskConfig`. Windows are turned at random where they are drawn, not here.
         objective: see `GenomeTaskConfig`; "auto" is resolved here.
         dropout: of what the head reads.
         mask: share of the bases that are to be told, for "masked".
@@ -148,10 +139,8 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: (B, L).
-            generator: of what is hidden and turned; None = torch's global one.
+            generator: of what is hidden; None = torch's global one.
         """
-        if self.rc in ("augment", "average"):
-            tokens = _turned_at_random(tokens, None, generator)
         if self.objective == "next":
             scores, asked = self.scores(tokens)[:, :-1], tokens[:, 1:]
         else:
