@@ -382,27 +382,16 @@ class Sequences:
         """Some of them, in the order of `rows`."""
         return Sequences([self[row] for row in rows])
 
-    def gather(self, rows: np.ndarray, turn: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """(B, L) int64 codes of some of them, filled with N behind shorter ones, and (B,) lengths.
-
-        Args:
-            rows: (B,) which.
-            turn: (B,) True = the other strand; None = none.
-        """
+    def gather(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B, L) int64 codes of some of them, filled with N behind shorter ones, and (B,) lengths."""
         rows = np.asarray(rows, np.int64)
-        lengths = self.start[rows + 1] - self.start[rows]
-        width = int(lengths.max()) if len(rows) else 0
-        place = np.arange(width)
-        if turn is None:
-            from_start = np.broadcast_to(place, (len(rows), width))
-        else:
-            from_start = np.where(turn[:, None], lengths[:, None] - 1 - place, place)
+        first = self.start[rows]
+        lengths = self.start[rows + 1] - first
+        place = np.arange(int(lengths.max()) if len(rows) else 0)
         real = place < lengths[:, None]
-        at = np.where(real, self.start[rows][:, None] + from_start, 0)
-        codes = self.flat[at] if self.flat.size else np.full(at.shape, N, np.uint8)
-        if turn is not None:
-            codes = np.where(turn[:, None] & (codes < N), 3 - codes, codes)
-        return torch.from_numpy(np.where(real, codes, N).astype(np.int64)), torch.from_numpy(lengths)
+        codes = np.full(real.shape, N, np.int64)
+        codes[real] = self.flat[(first[:, None] + place)[real]]
+        return torch.from_numpy(codes), torch.from_numpy(lengths)
 
 
 def turned(codes: np.ndarray) -> np.ndarray:

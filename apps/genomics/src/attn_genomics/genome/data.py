@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attn_genomics.data.fasta import Genome, turned
+from attn_genomics.data.fasta import Genome
 from attn_genomics.data.windows import Span, cut, intersect, merge, total
 from attn_genomics.genome.cards import DATASETS, YEAST_CHROMOSOMES
 from attn_genomics.genome.options import GenomeDataConfig
@@ -49,11 +49,10 @@ class TrainWindows(Dataset[dict[str, Tensor]]):
         spans: the training part, a result of `merge`.
         window: bases of a window.
         bases: of an epoch.
-        turn: each window is shown as its other strand with probability 1/2.
     """
 
-    def __init__(self, genome: Genome, spans: Sequence[Span], window: int, bases: int, *, turn: bool = False) -> None:
-        self.genome, self.spans, self.window, self.turn = genome, list(spans), window, turn
+    def __init__(self, genome: Genome, spans: Sequence[Span], window: int, bases: int) -> None:
+        self.genome, self.spans, self.window = genome, list(spans), window
         starts = np.array([max(1, end - start - window + 1) for _, start, end in spans], np.int64)
         self.first = np.concatenate([[0], np.cumsum(starts)])
         self.count = max(1, bases // window)
@@ -63,10 +62,9 @@ class TrainWindows(Dataset[dict[str, Tensor]]):
         return self.count
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """Draw an epoch's windows and strands."""
+        """Draw an epoch's windows."""
         rng = np.random.default_rng(derive(seed, "windows", epoch))
         self.start = rng.integers(0, self.first[-1], self.count)
-        self.turned = rng.random(self.count) < 0.5
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -79,8 +77,6 @@ class TrainWindows(Dataset[dict[str, Tensor]]):
             name, left, right = self.spans[number]
             begin = left + draw - int(self.first[number])
             found = self.genome.fetch(name, begin, min(begin + self.window, right))
-            if self.turn and self.turned[index]:
-                found = turned(found)
             codes[row, : len(found)] = found
         return {"tokens": torch.from_numpy(codes)}
 
@@ -176,9 +172,7 @@ def load_bundle(config: RunConfig, state: Mapping[str, Any] | None = None, *, ce
     Raises:
         UserError: what cannot be read or split, in one sentence.
     """
-    turn = config.task_args is not None and config.task_args.rc in ("augment", "average")
-    genome = load_genome(config.data)
-    return prepare(genome, config.data, config.data_args, state, centred=centred, turn=turn)
+    return prepare(load_genome(config.data), config.data, config.data_args, state, centred=centred)
 
 
 def load_genome(name: str) -> Genome:
@@ -199,7 +193,6 @@ def prepare(
     state: Mapping[str, Any] | None = None,
     *,
     centred: bool = False,
-    turn: bool = False,
 ) -> DataBundle:
     """Split a genome into parts and these into windows. See `load_bundle`."""
     window = args.window
@@ -225,7 +218,7 @@ def prepare(
     train = None
     if parts[TRAIN]:
         bases = args.epoch_bases or total(parts[TRAIN])
-        train = TrainWindows(genome, parts[TRAIN], window, bases, turn=turn)
+        train = TrainWindows(genome, parts[TRAIN], window, bases)
     val = EvalWindows(genome, parts[VAL], window, context, centred=centred, bases=args.eval_bases)
     test = EvalWindows(genome, parts[TEST], window, context, centred=centred)
     if state is None:

@@ -197,7 +197,7 @@ DATASETS: dict[str, DataCard] = {
             task="classify sequences",
             licence="none stated in the repository (Ensembl data carry no restriction)",
             source="github.com/rpolicastro/yeast_data, genome/: genome and annotation of Ensembl release 96",
-            size="17,000 sequences of 200 bases, made from 12 million bases and 6,913 coding pieces",
+            size="29,118 sequences of 200 bases, cut from 12 million",
             split="by chromosome: XVI for test, V for validation, the mitochondrion left out",
             citation="Saccharomyces Genome Database; Ensembl",
             subdir="genomics",
@@ -206,7 +206,7 @@ DATASETS: dict[str, DataCard] = {
             facts={
                 "sequences": "pieces of 200 bases that do not overlap, as they stand in the genome: genes of both "
                 "strands are mixed; of each chromosome as many of either class",
-                "class coding": "inside one CDS of the annotation",
+                "class coding": "every base in a CDS of the annotation, on either strand",
                 "class other": "no base in a CDS: between genes, introns, RNA genes",
             },
             kind="sequences",

@@ -42,27 +42,20 @@ class SequenceSet(Dataset[dict[str, Tensor]]):
     Args:
         sequences: of the part.
         label: (N,) numbers of classes.
-        turn: each sequence is shown as its other strand with probability 1/2, drawn from seed, epoch and index.
     """
 
-    def __init__(self, sequences: Sequences, label: np.ndarray, *, turn: bool = False) -> None:
+    def __init__(self, sequences: Sequences, label: np.ndarray) -> None:
         self.sequences, self.label = sequences, label.astype(np.int64)
-        self.turned = np.zeros(len(label), bool) if turn else None
 
     def __len__(self) -> int:
         return len(self.label)
-
-    def set_epoch(self, seed: int, epoch: int) -> None:
-        """Draw the strands of an epoch."""
-        if self.turned is not None:
-            self.turned = np.random.default_rng(derive(seed, "strand", epoch)).random(len(self)) < 0.5
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = np.asarray(indices, np.int64)
-        tokens, lengths = self.sequences.gather(rows, None if self.turned is None else self.turned[rows])
+        tokens, lengths = self.sequences.gather(rows)
         return {
             "tokens": tokens,
             "lengths": lengths,
@@ -77,8 +70,7 @@ def load_bundle(config: RunConfig, state: Mapping[str, Any] | None = None) -> Da
     Raises:
         UserError: what cannot be read or split, in one sentence.
     """
-    turn = config.task_args is not None and config.task_args.rc in ("augment", "average")
-    return prepare(load(config.data, config.data_args), config.data_args, state, turn=turn)
+    return prepare(load(config.data, config.data_args), config.data_args, state)
 
 
 def load(name: str, args: SequencesDataConfig) -> Labelled:
@@ -154,14 +146,11 @@ def _shorten(data: Labelled, length: int) -> Labelled:
     return data
 
 
-def prepare(
-    data: Labelled, args: SequencesDataConfig, state: Mapping[str, Any] | None = None, *, turn: bool = False
-) -> DataBundle:
+def prepare(data: Labelled, args: SequencesDataConfig, state: Mapping[str, Any] | None = None) -> DataBundle:
     """Split, with classes as numbers.
 
     Args:
         state: of a checkpoint, whose classes then hold.
-        turn: see `SequenceSet`.
     """
     for name in ("val", "test"):
         if not 0 <= getattr(args, name) <= 1:
@@ -188,10 +177,7 @@ def prepare(
         missing = next(name for i, name in enumerate(classes) if i not in set(label[rows[TRAIN]].tolist()))
         raise UserError(f"the training part of {data.source} has no sequence of class {missing!r}; split it otherwise")
 
-    sets = [
-        SequenceSet(data.sequences.take(chosen), label[chosen], turn=turn and one == TRAIN) if len(chosen) else None
-        for one, chosen in enumerate(rows)
-    ]
+    sets = [SequenceSet(data.sequences.take(chosen), label[chosen]) if len(chosen) else None for chosen in rows]
     kept = np.full(len(label), -1, np.int64)
     for one, chosen in enumerate(rows):
         kept[chosen] = one
