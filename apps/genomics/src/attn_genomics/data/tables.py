@@ -143,7 +143,7 @@ def _roles(cells: Cells, frame: pd.DataFrame, columns: Mapping[str, str | None],
             found[role] = named[0]
     if "sequence" in found or all(role in found for role in _PLACE):
         return found
-    if any(len(name) > 4 and not name.encode().translate(None, NUCLEOTIDES) for name in names):
+    if any(_looks_like_dna(name) for name in names):
         raise UserError(
             f"{cells.source}:1: the first line holds a sequence, not names; add a line such as sequence,label"
         )
@@ -163,7 +163,12 @@ def _roles(cells: Cells, frame: pd.DataFrame, columns: Mapping[str, str | None],
 
 def _is_dna(column: pd.Series) -> bool:
     head = column.dropna().head(100).astype(str)
-    return bool(len(head)) and all(len(text) > 4 and not text.encode().translate(None, NUCLEOTIDES) for text in head)
+    return bool(len(head)) and all(map(_looks_like_dna, head))
+
+
+def _looks_like_dna(text: str) -> bool:
+    """The letters of ambiguous bases would make words of it, such as `start`."""
+    return len(text) > 4 and not text.upper().strip("ACGTUN")
 
 
 def _sequences(cells: Cells, column: pd.Series) -> Sequences:

@@ -12,8 +12,8 @@ FILE_FORMATS = (
 FILE_SUFFIXES = (
     *(f"{suffix}{packed}" for suffix in (".fa", ".fasta", ".fna", ".fas", ".ffn") for packed in ("", ".gz", ".bgz")),
 )
-YEAST_CHROMOSOMES = {"val": ("V",), "test": ("XVI",)}
-"""What is held out of yeast unless the options name other chromosomes."""
+HELD_OUT = {"yeast": (("V",), ("XVI",)), "synthetic_genome": (("four",), ("three",))}
+"""Records for validation and test unless the options name others."""
 
 
 def _phage(name: str, title: str, size: str, citation: str, source: str, licence: str, file: DataFile) -> DataCard:
@@ -43,7 +43,7 @@ DATASETS: dict[str, DataCard] = {
             licence="made by this application",
             source="generated",
             size="4 records, 300,000 bases",
-            split="by record: one for test, one for validation",
+            split="by record: three for test, four for validation",
             citation="none",
             embedded=True,
             synthetic=True,

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from attn_genomics.data.fasta import Genome
 from attn_genomics.data.windows import Span, cut, intersect, merge, total
-from attn_genomics.genome.cards import DATASETS, YEAST_CHROMOSOMES
+from attn_genomics.genome.cards import DATASETS, HELD_OUT
 from attn_genomics.genome.options import GenomeDataConfig
 from attn_genomics.sequences.splits import TEST, TRAIN, VAL, choose_chromosomes
 from attn_genomics.tokens import N
@@ -270,11 +270,11 @@ def split(genome: Genome, data: str, args: GenomeDataConfig) -> tuple[list[list[
                     parts[part].append(span)
         each = "" if len(whole) == 1 else " of every record"
         return parts, f"the last {args.test:.0%}{each} for test, {args.val:.0%} before for validation{short}"
-    drawn = not (named_val and named_test)
-    if data == "yeast":
-        named_test = named_test or YEAST_CHROMOSOMES["test"]
-        named_val = named_val or tuple(set(YEAST_CHROMOSOMES["val"]) - set(named_test))
-        drawn = False
+    drawn = not (named_val and named_test) and data not in HELD_OUT
+    if data in HELD_OUT:
+        usual_val, usual_test = HELD_OUT[data]
+        named_test = named_test or tuple(name for name in usual_test if name not in named_val)
+        named_val = named_val or tuple(name for name in usual_val if name not in named_test)
     chosen = choose_chromosomes(
         used, named_val, named_test, args.val, args.test, np.random.default_rng(derive(args.shuffle, "split"))
     )

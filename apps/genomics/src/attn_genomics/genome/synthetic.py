@@ -7,7 +7,7 @@ import numpy as np
 from attn_genomics.data.fasta import turned
 from attn_genomics.tokens import N, encode
 
-LENGTHS = {"one": 100_000, "two": 80_000, "three": 70_000, "four": 50_000}
+LENGTHS = {"one": 130_000, "two": 90_000, "three": 50_000, "four": 30_000}
 _STOPS = ("TAA", "TAG", "TGA")
 _BOXES = ("TTGACA", "TATAAT")
 _BETWEEN = 17

@@ -91,16 +91,17 @@ def choose_chromosomes(
         if share >= 1:
             chosen |= dict.fromkeys(free, part)
             continue
-        # The drawn ones come as near to the share as they can, one at least.
+        # The drawn ones come as near to the share as they can; where all are far larger, it is the smallest.
+        wanted_size = share * whole
+        fit = [name for name in free if weight[name] <= 3 * wanted_size]
+        if not fit and free:
+            chosen[min(free, key=lambda name: weight[name])] = part
         got = 0
-        for number in rng.permutation(len(free)):
-            size = weight[free[number]]
-            if got and abs(got + size - share * whole) > abs(got - share * whole):
-                continue
-            if not got and size > 3 * share * whole and any(weight[name] <= 3 * share * whole for name in free):
-                continue
-            chosen[free[number]] = part
-            got += size
+        for number in rng.permutation(len(fit)):
+            size = weight[fit[number]]
+            if not got or abs(got + size - wanted_size) < abs(got - wanted_size):
+                chosen[fit[number]] = part
+                got += size
     left = {name: chosen.get(name, TRAIN) for name in weight}
     if test < 1 and TRAIN not in left.values():
         raise UserError(
