@@ -88,7 +88,7 @@ def _fingerprint(state: Mapping[str, Any], *sets: ClicksSet | None) -> bytes:
         arrays += [*(one.past or ()), *one.of_item.values()]
         for array in arrays:
             digest.update(repr((array.shape, array.dtype)).encode())
-            digest.update(np.ascontiguousarray(array).ravel())
+            digest.update(array.tobytes())
     return digest.digest()
 
 
