@@ -89,7 +89,7 @@ def score_file(
     """
     counts, begun = Counts(), time.monotonic()
     with open_vcf(vcf) as opened, text_file(output) as out:
-        table = ".tsv" in output.suffixes[-2:]
+        table = output.name.lower().endswith((".tsv", ".tsv.gz"))
         if table:
             out.write("\t".join(("chrom", "pos", "id", "ref", "alt", "score", "reference", "alternate", "note")) + "\n")
         else:
@@ -276,7 +276,7 @@ def text_file(path: Path) -> Iterator[IO[str]]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in (".gz", ".bgz"):
+        if path.suffix.lower() in (".gz", ".bgz"):
             file = cast(IO[str], _Packed(part))
         else:
             file = open(part, "w", encoding="utf-8", errors="surrogateescape", newline="")  # noqa: SIM115
