@@ -238,7 +238,7 @@ def _places(cells: Cells, frame: pd.DataFrame, found: Mapping[str, str], line: n
     for bad, text in ((start < 0, "start lies before the record"), (end <= start, "end is not behind start")):
         if bad.any():
             raise UserError(f"{cells.where(int(bad.argmax()))}: {text} (coordinates count from 0, the end excluded)")
-    strand = np.zeros(len(frame), np.int8)
+    strand: np.ndarray = np.zeros(len(frame), np.int8)
     if "strand" in found:
         written = frame[found["strand"]].fillna(".").astype(str).str.strip()
         way = written.map(STRANDS)
