@@ -5,7 +5,7 @@ Shapes: B sequences, L bases, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -179,11 +179,16 @@ class Blocks(nn.ModuleList):
         )
 
     def init_state(self, batch: int, *, device: torch.device | None, dtype: torch.dtype | None) -> list[Any]:
-        return [block.init_state(batch, device=device, dtype=dtype) for block in self]
+        return [block.init_state(batch, device=device, dtype=dtype) for block in self._all()]
 
     def step(self, x: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
         after = []
-        for block, state in zip(self, states, strict=True):
+        for block, state in zip(self._all(), states, strict=True):
             x, state = block.step(x, state)
             after.append(state)
         return x, after
+
+    def _all(self) -> Iterator[Block]:
+        for block in self:
+            assert isinstance(block, Block)
+            yield block

@@ -132,7 +132,8 @@ class HyenaDNA(Backbone):
     def load_official(self, tensors: Mapping[str, Tensor]) -> None:
         if not self.hyena:
             raise ValueError("published weights of hyenadna are of its own operator; leave --mixer out")
-        filters = [block.mixer.filter for block in self.blocks]
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        filters = [mixer.filter for mixer in mixers]
         self.load_state_dict(convert.hyenadna(tensors, filters=filters, ours=self.state_dict()))
 
 
