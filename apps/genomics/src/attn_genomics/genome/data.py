@@ -15,8 +15,9 @@ from attn_genomics.data.fasta import Genome
 from attn_genomics.data.windows import Span, cut, intersect, merge, total
 from attn_genomics.genome.cards import DATASETS, HELD_OUT
 from attn_genomics.genome.options import GenomeDataConfig
+from attn_genomics.sequences.options import TURNED
 from attn_genomics.sequences.splits import TEST, TRAIN, VAL, choose_chromosomes
-from attn_genomics.tokens import N
+from attn_genomics.tokens import N, reverse_complement
 from attn_shared import datasets
 from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
@@ -49,10 +50,11 @@ class TrainWindows(Dataset[dict[str, Tensor]]):
         spans: the training part, a result of `merge`.
         window: bases of a window.
         bases: of an epoch.
+        turned: give the other strand of half of them.
     """
 
-    def __init__(self, genome: Genome, spans: Sequence[Span], window: int, bases: int) -> None:
-        self.genome, self.spans, self.window = genome, list(spans), window
+    def __init__(self, genome: Genome, spans: Sequence[Span], window: int, bases: int, *, turned: bool = False) -> None:
+        self.genome, self.spans, self.window, self.turned = genome, list(spans), window, turned
         starts = np.array([max(1, end - start - window + 1) for _, start, end in spans], np.int64)
         self.first = np.concatenate([[0], np.cumsum(starts)])
         self.count = max(1, bases // window)
@@ -62,9 +64,10 @@ class TrainWindows(Dataset[dict[str, Tensor]]):
         return self.count
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """Draw an epoch's windows."""
+        """Draw an epoch's windows and strands."""
         rng = np.random.default_rng(derive(seed, "windows", epoch))
         self.start = rng.integers(0, self.first[-1], self.count)
+        self.other = rng.random(self.count) < 0.5 if self.turned else np.zeros(self.count, bool)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -78,7 +81,11 @@ class TrainWindows(Dataset[dict[str, Tensor]]):
             begin = left + draw - int(self.first[number])
             found = self.genome.fetch(name, begin, min(begin + self.window, right))
             codes[row, : len(found)] = found
-        return {"tokens": torch.from_numpy(codes)}
+        tokens = torch.from_numpy(codes)
+        other = torch.from_numpy(self.other[np.asarray(indices, np.int64)])
+        if other.any():
+            tokens[other] = reverse_complement(tokens[other])
+        return {"tokens": tokens}
 
 
 class EvalWindows(Dataset[dict[str, Tensor]]):
@@ -172,7 +179,8 @@ def load_bundle(config: RunConfig, state: Mapping[str, Any] | None = None, *, ce
     Raises:
         UserError: what cannot be read or split, in one sentence.
     """
-    return prepare(load_genome(config.data), config.data, config.data_args, state, centred=centred)
+    turned = config.task_args is not None and config.task_args.rc in TURNED
+    return prepare(load_genome(config.data), config.data, config.data_args, state, centred=centred, turned=turned)
 
 
 def load_genome(name: str) -> Genome:
@@ -193,6 +201,7 @@ def prepare(
     state: Mapping[str, Any] | None = None,
     *,
     centred: bool = False,
+    turned: bool = False,
 ) -> DataBundle:
     """Split a genome into parts and these into windows. See `load_bundle`."""
     window = args.window
@@ -218,7 +227,7 @@ def prepare(
     train = None
     if parts[TRAIN]:
         bases = args.epoch_bases or total(parts[TRAIN])
-        train = TrainWindows(genome, parts[TRAIN], window, bases)
+        train = TrainWindows(genome, parts[TRAIN], window, bases, turned=turned)
     val = EvalWindows(genome, parts[VAL], window, context, centred=centred, bases=args.eval_bases)
     test = EvalWindows(genome, parts[TEST], window, context, centred=centred)
     if state is None:

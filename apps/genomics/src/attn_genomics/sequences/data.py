@@ -15,7 +15,7 @@ from attn_genomics.data.fasta import Sequences
 from attn_genomics.data.windows import centred
 from attn_genomics.sequences.cards import DATASETS, GUE, GUE_PARTS
 from attn_genomics.sequences.labelled import Labelled
-from attn_genomics.sequences.options import SequencesDataConfig
+from attn_genomics.sequences.options import TURNED, SequencesDataConfig
 from attn_genomics.sequences.splits import (
     PARTS,
     TEST,
@@ -26,7 +26,7 @@ from attn_genomics.sequences.splits import (
     overlap,
     random_parts,
 )
-from attn_genomics.tokens import N, encode
+from attn_genomics.tokens import N, encode, reverse_complement
 from attn_shared import datasets
 from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
@@ -42,13 +42,20 @@ class SequenceSet(Dataset[dict[str, Tensor]]):
     Args:
         sequences: of the part.
         label: (N,) numbers of classes.
+        turned: give the other strand of half of them, others in each epoch.
     """
 
-    def __init__(self, sequences: Sequences, label: np.ndarray) -> None:
-        self.sequences, self.label = sequences, label.astype(np.int64)
+    def __init__(self, sequences: Sequences, label: np.ndarray, *, turned: bool = False) -> None:
+        self.sequences, self.label, self.turned = sequences, label.astype(np.int64), turned
+        self.set_epoch(0, 0)
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """Draw which sequences an epoch turns."""
+        rng = np.random.default_rng(derive(seed, "strands", epoch))
+        self.other = rng.random(len(self)) < 0.5 if self.turned else np.zeros(len(self), bool)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -56,6 +63,9 @@ class SequenceSet(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = np.asarray(indices, np.int64)
         tokens, lengths = self.sequences.gather(rows)
+        other = torch.from_numpy(self.other[rows])
+        if other.any():
+            tokens[other] = reverse_complement(tokens[other], lengths[other])
         return {
             "tokens": tokens,
             "lengths": lengths,
@@ -70,7 +80,8 @@ def load_bundle(config: RunConfig, state: Mapping[str, Any] | None = None) -> Da
     Raises:
         UserError: what cannot be read or split, in one sentence.
     """
-    return prepare(load(config.data, config.data_args), config.data_args, state)
+    turned = config.task_args is not None and config.task_args.rc in TURNED
+    return prepare(load(config.data, config.data_args), config.data_args, state, turned=turned)
 
 
 def load(name: str, args: SequencesDataConfig) -> Labelled:
@@ -146,11 +157,14 @@ def _shorten(data: Labelled, length: int) -> Labelled:
     return data
 
 
-def prepare(data: Labelled, args: SequencesDataConfig, state: Mapping[str, Any] | None = None) -> DataBundle:
+def prepare(
+    data: Labelled, args: SequencesDataConfig, state: Mapping[str, Any] | None = None, *, turned: bool = False
+) -> DataBundle:
     """Split, with classes as numbers.
 
     Args:
         state: of a checkpoint, whose classes then hold.
+        turned: half of the training part is of the other strand, another half in each epoch.
     """
     for name in ("val", "test"):
         if not 0 <= getattr(args, name) <= 1:
@@ -177,7 +191,12 @@ def prepare(data: Labelled, args: SequencesDataConfig, state: Mapping[str, Any] 
         missing = next(name for i, name in enumerate(classes) if i not in set(label[rows[TRAIN]].tolist()))
         raise UserError(f"the training part of {data.source} has no sequence of class {missing!r}; split it otherwise")
 
-    sets = [SequenceSet(data.sequences.take(chosen), label[chosen]) if len(chosen) else None for chosen in rows]
+    sets = [
+        SequenceSet(data.sequences.take(chosen), label[chosen], turned=turned and part == TRAIN)
+        if len(chosen)
+        else None
+        for part, chosen in enumerate(rows)
+    ]
     kept = np.full(len(label), -1, np.int64)
     for one, chosen in enumerate(rows):
         kept[chosen] = one

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+TURNED = ("augment", "average")
+"""Forms of `rc` that train on the other strand of half of the sequences."""
+
 
 @dataclass(kw_only=True)
 class SequencesDataConfig:
