@@ -81,6 +81,38 @@ def test_training_windows_stay_in_their_part_and_follow_from_seed_and_epoch() ->
     assert data[7]["tokens"].equal(first[7])
 
 
+def test_training_turns_half_of_its_windows_and_another_half_in_the_next_epoch() -> None:
+    genome = made(a=3000, b=20)
+    spans = [("a", 0, 3000), ("b", 0, 20)]
+    plain, data = (TrainWindows(genome, spans, 32, 32 * 600, turned=one) for one in (False, True))
+    seen = []
+    for epoch in (1, 2):
+        for one in (plain, data):
+            one.set_epoch(5, epoch)
+        forward, found = (one.__getitems__(list(range(600)))["tokens"] for one in (plain, data))
+        other = (found != forward).any(dim=1)
+        for row, strand in zip(forward[other], found[other]):
+            assert strand.tolist() == turned(row.numpy()).tolist()
+        assert float(other.float().mean()) == pytest.approx(0.5, abs=0.08)
+        seen.append(other)
+    assert float((seen[0] == seen[1]).float().mean()) == pytest.approx(0.5, abs=0.08)
+    data.set_epoch(5, 2)
+    assert data.__getitems__(list(range(600)))["tokens"].equal(found)
+    data.set_epoch(6, 2)
+    assert not data.__getitems__(list(range(600)))["tokens"].equal(found)
+    assert not plain.other.any()
+
+
+def test_validation_and_test_are_never_turned() -> None:
+    genome = made(a=3000)
+    plain, bundle = (prepare(genome, "x", GenomeDataConfig(window=64), turned=one) for one in (False, True))
+    assert bundle.train.other.any()  # type: ignore[union-attr]
+    for name in ("val", "test"):
+        one, same = getattr(bundle, name), getattr(plain, name)
+        rows = list(range(len(one)))
+        assert one.__getitems__(rows)["tokens"].equal(same.__getitems__(rows)["tokens"])
+
+
 def test_the_tail_of_every_record() -> None:
     genome = made(a=1000, b=200)
     parts, how = split(genome, "x", GenomeDataConfig(split="tail"))

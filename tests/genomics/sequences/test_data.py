@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from attn_genomics.cli import APP
 from attn_genomics.data.check import check_file
 from attn_genomics.data.fasta import Sequences, turned
 from attn_genomics.sequences.cards import DATASETS, GUE
-from attn_genomics.sequences.data import load, prepare
+from attn_genomics.sequences.data import SequenceSet, load, load_bundle, prepare
 from attn_genomics.sequences.labelled import Labelled
 from attn_genomics.sequences.options import SequencesDataConfig
 from attn_genomics.sequences.splits import TEST, TRAIN, VAL, choose_chromosomes, keys, overlap, random_parts
 from attn_genomics.sequences.synthetic import FIRST, SECOND, synthetic
 from attn_genomics.tokens import N, decode, encode
-from attn_shared import datasets
+from attn_shared import datasets, options
 from attn_shared.errors import UserError
 
 
@@ -111,6 +112,54 @@ def test_classes_hold_for_other_data() -> None:
         prepare(labelled(["11", "9"]), SequencesDataConfig(), state)
     with pytest.raises(UserError, match="one class only"):
         prepare(labelled(["9"]), SequencesDataConfig())
+
+
+def test_training_turns_half_of_its_sequences_and_another_half_in_the_next_epoch() -> None:
+    data = load("synthetic", SequencesDataConfig())
+    plain, bundle = (prepare(data, SequencesDataConfig(), turned=one) for one in (False, True))
+    train = bundle.train
+    assert train is not None
+    rows = list(range(len(train)))  # type: ignore[arg-type]
+
+    def tokens(dataset: object, count: int) -> torch.Tensor:
+        batch = dataset.__getitems__(list(range(count)))  # type: ignore[attr-defined]
+        assert (batch["lengths"] == batch["tokens"].shape[1]).all()
+        return batch["tokens"]
+
+    forward = tokens(plain.train, len(rows))
+    drawn_twice = []
+    for epoch in (1, 2):
+        train.set_epoch(5, epoch)  # type: ignore[attr-defined]
+        found = tokens(train, len(rows))
+        other = (found != forward).any(dim=1)
+        assert found[other].equal((3 - forward[other]).flip(1))
+        assert float(other.float().mean()) == pytest.approx(0.5, abs=0.04)
+        drawn_twice.append(other)
+    assert float((drawn_twice[0] == drawn_twice[1]).float().mean()) == pytest.approx(0.5, abs=0.04)
+    train.set_epoch(6, 1)  # type: ignore[attr-defined]
+    assert not tokens(train, len(rows)).ne(forward).any(dim=1).equal(drawn_twice[0])
+    train.set_epoch(5, 1)  # type: ignore[attr-defined]
+    assert tokens(train, len(rows)).ne(forward).any(dim=1).equal(drawn_twice[0])
+    for name in ("val", "test"):
+        part, same = getattr(bundle, name), getattr(plain, name)
+        part.set_epoch(5, 1)
+        assert tokens(part, len(part)).equal(tokens(same, len(same)))
+
+
+def test_what_stands_behind_a_turned_sequence_stays_behind_it() -> None:
+    rows = [encode(one[: 3 + i % 7]) for i, one in enumerate(drawn(60))]
+    train = SequenceSet(Sequences(rows), np.zeros(60, np.int64), turned=True)
+    batch = train.__getitems__(list(range(60)))
+    for i, (row, size) in enumerate(zip(batch["tokens"], batch["lengths"].tolist())):
+        assert row[:size].tolist() == (turned(rows[i]) if train.other[i] else rows[i]).tolist()
+        assert (row[size:] == N).all()
+
+
+@pytest.mark.parametrize(("rc", "wanted"), [("none", 0), ("augment", 1), ("average", 1), ("equivariant", 0)])
+def test_which_forms_turn_training_sequences(rc: str, wanted: int) -> None:
+    words = ["--kind", "sequences", "--data", "synthetic", "--task_args.rc", rc, "--preset", "none"]
+    train = load_bundle(options.resolve(APP, options.split(words))).train
+    assert train.other.any() == wanted  # type: ignore[union-attr]
 
 
 def test_a_learning_curve_draws_from_training_only() -> None:
