@@ -1,10 +1,13 @@
-"""Bases as numbers, the same for every data set and model."""
+"""Bases as numbers, the same for every data set and model. Imports torch where tensors are made only."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BASES = "ACGT"
 A, C, G, T, N, MASK = range(6)
@@ -25,12 +28,14 @@ def encode(sequence: str | bytes) -> np.ndarray:
 
 def decode(codes: np.ndarray | Tensor) -> str:
     """Codes -> letters in upper case."""
-    values = codes.cpu().numpy() if isinstance(codes, Tensor) else codes
+    values = codes if isinstance(codes, np.ndarray) else codes.cpu().numpy()
     return _LETTERS[values].tobytes().decode("ascii")
 
 
 def complement(codes: Tensor) -> Tensor:
     """A <-> T, C <-> G, whatever the shape; N and MASK stay, as they have no complement."""
+    import torch
+
     return torch.where(codes < N, 3 - codes, codes)
 
 
@@ -42,10 +47,12 @@ def reverse_complement(codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         lengths: (B,) real bases of each row, which stay at its beginning; None = all.
     """
     turned = complement(codes).flip(1)
-    return turned if lengths is None else torch.gather(turned, 1, mirror(lengths, codes.shape[1]))
+    return turned if lengths is None else turned.gather(1, mirror(lengths, codes.shape[1]))
 
 
 def mirror(lengths: Tensor, length: int) -> Tensor:
     """(B, L) which place of `x.flip(1)` each place of a row mirrored within its own length takes."""
+    import torch
+
     place = torch.arange(length, device=lengths.device)
     return (place + (length - lengths)[:, None]) % length

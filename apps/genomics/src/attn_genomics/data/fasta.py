@@ -11,14 +11,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from attn_genomics.tokens import N, encode
 from attn_shared.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 1 << 20
 _READ = 1 << 20
@@ -384,6 +385,8 @@ class Sequences:
 
     def gather(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B, L) int64 codes of some of them, filled with N behind shorter ones, and (B,) lengths."""
+        import torch
+
         rows = np.asarray(rows, np.int64)
         first = self.start[rows]
         lengths = self.start[rows + 1] - first

@@ -19,10 +19,10 @@ from attn_genomics.sequences.options import TURNED
 from attn_genomics.sequences.splits import TEST, TRAIN, VAL, choose_chromosomes
 from attn_genomics.tokens import N, reverse_complement
 from attn_shared import datasets
+from attn_shared.bundle import DataBundle
 from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
 from attn_shared.seeding import derive
-from attn_shared.task import DataBundle
 
 _FEW_RECORDS = 3
 _WORD = 32  # bases of the words by which parts are compared: 2 bits each in 64

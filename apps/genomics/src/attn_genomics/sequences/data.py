@@ -28,10 +28,10 @@ from attn_genomics.sequences.splits import (
 )
 from attn_genomics.tokens import N, encode, reverse_complement
 from attn_shared import datasets
+from attn_shared.bundle import DataBundle
 from attn_shared.config import RunConfig
 from attn_shared.errors import UserError
 from attn_shared.seeding import derive
-from attn_shared.task import DataBundle
 
 _MOST_CLASSES = 1000
 
