@@ -53,6 +53,7 @@ def picture(name: str, letters: str, effects: np.ndarray, positions: Sequence[in
         for number, row in enumerate(rows):
             logo, heat = axes[2 * number], axes[2 * number + 1]
             _letters(logo, letters, height, row, len(rows[0]), (low, high or 1.0))
+            logo.set_ylabel("mean loss")
             image = _heat(heat, effects[row.start : row.stop], letters[row.start : row.stop], len(rows[0]), limit)
             at = [place for place in range(len(row)) if place % 10 == 0]
             heat.set_xticks(at, [f"{positions[row.start + place]:,}" for place in at])
