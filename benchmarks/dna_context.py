@@ -61,7 +61,7 @@ def measure(name: str, length: int, *, block: int, train: bool, threads: int) ->
             return
         model.eval()
         with torch.inference_mode():
-            if not model.streams:
+            if not model.streams and name != "hybridna_full":
                 model.scores(tokens)
                 return
             state = model.init_state(1)

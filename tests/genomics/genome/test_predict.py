@@ -20,7 +20,16 @@ from attn_shared import options, trainer
 from attn_shared.errors import UserError
 
 SMALL = {
-    "hybridna": {"dim": 16, "layers": 2, "every": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "state": 4},
+    "hybridna": {
+        "dim": 16,
+        "layers": 2,
+        "every": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 8,
+        "state": 4,
+        "window": 400,
+    },
     "hyenadna": {"d_model": 8, "n_layer": 1, "filter_order": 8, "l_max": 128},
     "bigla": {"dim": 8, "layers": 1, "heads": 2, "kernel": 5},
 }

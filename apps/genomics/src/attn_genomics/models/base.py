@@ -55,7 +55,7 @@ class Backbone(nn.Module):
 
     @property
     def streams(self) -> bool:
-        """Whether `init_state` and `step` carry a state over any length."""
+        """Whether `init_state` and `step` carry a state of one size over any length."""
         return False
 
     @property

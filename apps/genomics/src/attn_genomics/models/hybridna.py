@@ -99,7 +99,7 @@ class HybriDNA(Backbone):
         nn.init.normal_(self.embeddings.weight, std=0.02)
 
         def made(index: int) -> nn.Module:
-            if index % config.every == config.attention_at % config.every:
+            if self._attends(index):
                 return RotaryAttention(dim, heads=config.heads, kv_heads=config.kv_heads, window=config.window or None)
             return core_attn.build(name, dim=dim, heads=heads, causal=True, **options)
 
@@ -118,14 +118,18 @@ class HybriDNA(Backbone):
         self.dropout = Dropout(config.dropout)
         self.norm = nn.RMSNorm(dim, eps=_EPS)
 
+    def _attends(self, index: int) -> bool:
+        """Whether a block is attention."""
+        return index % self.config.every == self.config.attention_at % self.config.every
+
     @property
     def causal(self) -> bool:
         return not self.config.echo
 
     @property
     def streams(self) -> bool:
-        """Memory of what was read grows with it where attention has no window, as its caches do."""
-        return self.decodes
+        """Not where attention reads everything before: its keys and values, and the cost of a base, grow."""
+        return self.decodes and (self.config.window > 0 or not any(self._attends(i) for i in range(self.config.layers)))
 
     @property
     def decodes(self) -> bool:
