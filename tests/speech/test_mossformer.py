@@ -22,8 +22,17 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 NOTE = json.loads((GOLDEN / "speech_mossformer.json").read_text())["cases"]
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5}
 SMALL: dict[str, dict[str, Any]] = {
-    "mossformer": {"filters": 12, "dim": 8, "blocks": 2, "group": 16, "qk_dim": 8},
-    "mossformer2": {"filters": 12, "dim": 8, "blocks": 2, "group": 16, "qk_dim": 8, "inner": 6, "order": 4},
+    "mossformer": {"filters": 12, "kernel": 16, "dim": 8, "blocks": 2, "group": 16, "qk_dim": 8},
+    "mossformer2": {
+        "filters": 12,
+        "kernel": 16,
+        "dim": 8,
+        "blocks": 2,
+        "group": 16,
+        "qk_dim": 8,
+        "inner": 6,
+        "order": 4,
+    },
 }
 
 

@@ -12,6 +12,8 @@ from attn_shared.app import ModelCard
 class MossFormerConfig:
     """MossFormer (S72); the defaults are a model small enough to train on a CPU.
 
+    Filters of 64 samples, where the published sizes have 16, leave a quarter of the frames.
+
     Attributes:
         filters: filters of encoder and decoder.
         kernel: samples of a filter; frames start every kernel/2 samples.
@@ -24,12 +26,12 @@ class MossFormerConfig:
         causal: no voice depends on what comes later than the encoder's window: attention, convolutions and norms.
     """
 
-    filters: int = 96
-    kernel: int = 16
+    filters: int = 256
+    kernel: int = 64
     dim: int = 96
     blocks: int = 4
-    group: int = 128
-    qk_dim: int = 128
+    group: int = 64
+    qk_dim: int = 64
     taps: int = 17
     dropout: float = 0.0
     causal: bool = False
@@ -40,9 +42,11 @@ class MossFormerSConfig(MossFormerConfig):
     """MossFormer-S; see `MossFormerConfig`. The paper gives its 10.8 M parameters, not the number of its blocks."""
 
     filters: int = 256
+    kernel: int = 16
     dim: int = 256
     blocks: int = 23
     group: int = 256
+    qk_dim: int = 128
     dropout: float = 0.1
 
 
@@ -82,9 +86,11 @@ class MossFormer2LConfig(MossFormer2Config):
     """MossFormer2, the larger; see `MossFormer2Config`."""
 
     filters: int = 512
+    kernel: int = 16
     dim: int = 512
     blocks: int = 24
     group: int = 256
+    qk_dim: int = 128
     dropout: float = 0.1
     inner: int = 256
 
