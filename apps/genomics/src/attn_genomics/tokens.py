@@ -46,13 +46,13 @@ def reverse_complement(codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         codes: (B, L).
         lengths: (B,) real bases of each row, which stay at its beginning; None = all.
     """
-    turned = complement(codes).flip(1)
-    return turned if lengths is None else turned.gather(1, mirror(lengths, codes.shape[1]))
+    other = complement(codes)
+    return other.flip(1) if lengths is None else other.gather(1, mirror(lengths, codes.shape[1]))
 
 
 def mirror(lengths: Tensor, length: int) -> Tensor:
-    """(B, L) which place of `x.flip(1)` each place of a row mirrored within its own length takes."""
+    """(B, L) the place that each place of a row takes when it is read from its end; what fills it up stays behind."""
     import torch
 
     place = torch.arange(length, device=lengths.device)
-    return (place + (length - lengths)[:, None]) % length
+    return (lengths[:, None] - 1 - place) % length

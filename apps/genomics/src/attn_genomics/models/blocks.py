@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import core_attn
-from attn_genomics.tokens import MASK, N
+from attn_genomics.tokens import MASK, N, mirror
 from attn_shared.layers import Dropout
 from core_attn import registry
 from core_attn.contract import Pattern, TokenMixer
@@ -72,9 +72,7 @@ def turn(x: Tensor, lengths: Tensor | None = None) -> Tensor:
     """(B, L, C), each row read from its end; what fills it up stays behind it."""
     if lengths is None:
         return x.flip(1)
-    length = x.shape[1]
-    place = torch.arange(length, device=x.device)
-    return x.gather(1, ((lengths[:, None] - 1 - place) % length)[..., None].expand_as(x))
+    return x.gather(1, mirror(lengths, x.shape[1])[..., None].expand_as(x))
 
 
 def strongest(x: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
