@@ -65,6 +65,9 @@ class Task(lightning.LightningModule):
         maximize: whether more of it is better.
         chooser: name of the metric that chooses the best epoch, less being better: a loss, where the primary metric is
             coarse and many epochs share its best value.
+
+    Attributes:
+        gathered: split -> what `update_metrics` put there since `reset_metrics`.
     """
 
     primary: ClassVar[str]
@@ -78,6 +81,7 @@ class Task(lightning.LightningModule):
         self.data_state = dict(data_state)
         # Where training stands; the engine keeps it, also over a resume. Read it as current_epoch and global_step.
         self._epoch, self._step = 0, 0
+        self.gathered: dict[str, dict[str, Tensor]] = {}
 
     @property
     def current_epoch(self) -> int:
@@ -124,17 +128,17 @@ class Task(lightning.LightningModule):
         """
         return False
 
-    @abstractmethod
     def reset_metrics(self, split: str) -> None:
         """Forget what `update_metrics` gathered for `split`."""
+        self.gathered[split] = {}
 
     @abstractmethod
     def update_metrics(self, split: str, batch: Any) -> None:
         """Take in one evaluation batch. Sums and counts, so that neither batch size nor processes change the result."""
 
-    @abstractmethod
     def metric_state(self, split: str) -> dict[str, Tensor]:
         """The sums as float64 tensors; the engine adds them up over processes before `compute_metrics`."""
+        return self.gathered[split]
 
     @abstractmethod
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -143,9 +147,10 @@ class Task(lightning.LightningModule):
         Beside a metric "m", "m, 95% from" and "m, 95% to" are the bounds of its interval; tables show them with it.
         """
 
-    @abstractmethod
     def example_batch(self, bundle: DataBundle, size: int) -> Any:
         """A batch of `size` real samples for measuring cost."""
+        part: Any = bundle.train or bundle.val or bundle.test
+        return part.__getitems__([i % len(part) for i in range(size)])
 
     @abstractmethod
     def forward_batch(self, batch: Any) -> Tensor:

@@ -66,7 +66,6 @@ class EegTask(Task):
         weights = data_state["class_weights"]
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> EegModel:
@@ -108,29 +107,18 @@ class EegTask(Task):
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
         probability = self.forward_batch(batch).double().softmax(dim=-1)
-        self._found[split] |= metrics.pack(batch["index"], batch["y"], batch["subject"], probability)
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        self.gathered[split] |= metrics.pack(batch["index"], batch["y"], batch["subject"], probability)
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         found = metrics.unpack(sums)
         return metrics.figures(found) if found is not None else {}
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        windows = bundle.test or bundle.val or bundle.train
-        assert isinstance(windows, WindowSet)
-        return windows.__getitems__([i % len(windows) for i in range(size)])
-
     @torch.no_grad()
     def predictions(self, windows: WindowSet, split: str = "test") -> Predictions:
         """What the model says of every window: from the last evaluation of `split` if it was whole, else anew."""
-        found = metrics.unpack(self._found.get(split) or {})
+        found = metrics.unpack(self.gathered.get(split) or {})
         if found is not None and len(found.index) == len(windows):
             return found
         self.eval()

@@ -44,7 +44,6 @@ class SpeechTask(Task):
             )
         except ValueError as error:
             raise UserError(f"model {config.model!r}: {error}") from None
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> Separator:
@@ -73,9 +72,6 @@ class SpeechTask(Task):
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
         values = metrics.score(
             self.forward_batch(batch),
@@ -86,24 +82,16 @@ class SpeechTask(Task):
             # Validation comes after every epoch and needs one figure only.
             measures=self.config.task_args.measures if split == "test" else "si_sdr",
         )
-        self._found[split] |= metrics.pack(batch["index"], values)
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        self.gathered[split] |= metrics.pack(batch["index"], values)
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         found = metrics.unpack(sums)
         return metrics.figures(found, self.rate) if found is not None else {}
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        part = bundle.train or bundle.val or bundle.test
-        assert isinstance(part, Mixtures)
-        return part.__getitems__([i % len(part) for i in range(size)])
-
     @torch.no_grad()
     def scores(self, mixtures: Mixtures, split: str = "test") -> Scores:
         """The scores of every mixture: from the last evaluation of `split` if it was whole, else SI-SDR anew."""
-        found = metrics.unpack(self._found.get(split) or {})
+        found = metrics.unpack(self.gathered.get(split) or {})
         if found is not None and len(found.index) == len(mixtures):
             return found
         self.eval()

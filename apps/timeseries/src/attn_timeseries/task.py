@@ -291,11 +291,6 @@ class ForecastTask(Task):
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         return metrics.final(sums)
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        windows = bundle.test or bundle.val or bundle.train
-        assert isinstance(windows, Windows)
-        return windows.__getitems__([i % len(windows) for i in range(size)])
-
     # -- beside the model ---------------------------------------------------------------------------------------------
 
     @classmethod

@@ -37,7 +37,6 @@ class GenomeTask(Task):
             self.options.dropout,
             self.options.mask,
         )
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> LanguageModel:
@@ -69,27 +68,16 @@ class GenomeTask(Task):
         """(B, L, 4) logits."""
         return self.network.scores(batch["tokens"])
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
-        metrics.join(self._found[split], metrics.pack(batch, self.network.log_probabilities(batch["tokens"])))
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        metrics.join(self.gathered[split], metrics.pack(batch, self.network.log_probabilities(batch["tokens"])))
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         scores = metrics.unpack(sums)
         return {} if scores is None else metrics.figures(scores, intervals=split == "test")
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        train: Any = bundle.train
-        batch: dict[str, Tensor] = train.__getitems__([i % len(train) for i in range(size)])
-        return batch
-
     def scores(self, split: str = "test") -> metrics.Scores | None:
         """What the last evaluation of a split gathered."""
-        return metrics.unpack(self._found.get(split) or {})
+        return metrics.unpack(self.gathered.get(split) or {})
 
     # -- beside the model ---------------------------------------------------------------------------------------------
 

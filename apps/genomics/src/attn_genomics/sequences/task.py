@@ -53,7 +53,6 @@ class SequencesTask(Task):
         self.network = Classifier(backbone, head, self.options.rc)
         if self.options.freeze:
             backbone.requires_grad_(False)
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> Classifier:
@@ -101,14 +100,8 @@ class SequencesTask(Task):
         scores: Tensor = self.network(tokens, lengths)
         return scores.double().log_softmax(dim=1)
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
-        self._found[split] |= metrics.pack(batch, self.forward_batch(batch))
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        self.gathered[split] |= metrics.pack(batch, self.forward_batch(batch))
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         rows = metrics.unpack(sums)
@@ -116,14 +109,9 @@ class SequencesTask(Task):
             return {}
         return metrics.figures(rows, resamples=self.options.bootstrap if split == "test" else 0)
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        train: Any = bundle.train
-        batch: dict[str, Tensor] = train.__getitems__([i % len(train) for i in range(size)])
-        return batch
-
     def rows(self, split: str = "test") -> metrics.Rows | None:
         """The rows of the last evaluation of a split."""
-        return metrics.unpack(self._found.get(split) or {})
+        return metrics.unpack(self.gathered.get(split) or {})
 
     # -- beside the model ---------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from attn_recsys.clicks import metrics
-from attn_recsys.clicks.data import ClicksSet, load_table, prepare
+from attn_recsys.clicks.data import load_table, prepare
 from attn_recsys.clicks.encode import Encoder
 from attn_recsys.clicks.options import ClicksTaskConfig
 from attn_recsys.config import MODELS
@@ -37,7 +37,6 @@ class ClicksTask(Task):
             )
         except ValueError as error:
             raise UserError(f"model {config.model!r}: {error}") from None
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> ClickModel:
@@ -65,14 +64,8 @@ class ClicksTask(Task):
         found: Tensor = self.network(batch)
         return found
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
-        self._found[split] |= metrics.pack(batch, self.forward_batch(batch))
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        self.gathered[split] |= metrics.pack(batch, self.forward_batch(batch))
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         rows = metrics.unpack(sums)
@@ -80,14 +73,9 @@ class ClicksTask(Task):
             return {}
         return metrics.figures(rows, groups=self.options.groups, bins=self.options.bins, intervals=split == "test")
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        train = bundle.train
-        assert isinstance(train, ClicksSet)
-        return train.__getitems__([i % len(train) for i in range(size)])
-
     def rows(self, split: str = "test") -> metrics.Rows | None:
         """The rows of the last evaluation of a split."""
-        return metrics.unpack(self._found.get(split) or {})
+        return metrics.unpack(self.gathered.get(split) or {})
 
     # -- beside the model ---------------------------------------------------------------------------------------------
 

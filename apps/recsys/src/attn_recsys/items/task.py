@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_recsys.config import MODELS
 from attn_recsys.items import metrics
 from attn_recsys.items.baselines import Baseline, baselines, evaluate, rows
-from attn_recsys.items.data import Restored, TrainSet, UserSet, load_corpus, prepare, restored
+from attn_recsys.items.data import Restored, UserSet, load_corpus, prepare, restored
 from attn_recsys.items.options import ItemsTaskConfig
 from attn_recsys.models.base import ItemModel
 from attn_shared.app import load
@@ -52,7 +52,6 @@ class ItemsTask(Task):
         # The epoch that the model was told of last; saved, so that a resumed epoch is not begun twice.
         self.begun: Tensor
         self.register_buffer("begun", torch.tensor(-1))
-        self._found: dict[str, dict[str, Tensor]] = {}
         self._vectors: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -109,7 +108,7 @@ class ItemsTask(Task):
     def reset_metrics(self, split: str) -> None:
         if split == "train":
             raise UserError("a ranking leaves training items out, so it has no figures on the training split")
-        self._found[split] = {}
+        super().reset_metrics(split)
         self.forget()
 
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
@@ -124,10 +123,7 @@ class ItemsTask(Task):
         entries = metrics.pack(
             batch["index"], batch["activity"], batch["wanted"], block, len(self.known.items), self.options.k
         )
-        metrics.add(self._found[split], entries)
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        metrics.add(self.gathered[split], entries)
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         self.forget()
@@ -136,14 +132,9 @@ class ItemsTask(Task):
             return {}
         return metrics.figures(found, self.options.k, groups=self.options.groups, intervals=split == "test")
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        train = bundle.train
-        assert isinstance(train, TrainSet)
-        return train.__getitems__([i % len(train) for i in range(size)])
-
     def rankings(self, users: UserSet, split: str = "test") -> metrics.Users:
         """All users' figures: from the last evaluation of `split` if it was whole, else anew."""
-        found = metrics.unpack(self._found.get(split) or {}, self.options.k, sampled=bool(self.options.sampled))
+        found = metrics.unpack(self.gathered.get(split) or {}, self.options.k, sampled=bool(self.options.sampled))
         if found is not None and len(found.activity) == len(users):
             return found
         self.eval()

@@ -55,7 +55,6 @@ class ClassifyTask(Task):
             )
         except ValueError as error:
             raise UserError(f"model {config.model!r}: {error}") from None
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> SeriesClassifier:
@@ -100,29 +99,18 @@ class ClassifyTask(Task):
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
         probability = self.forward_batch(batch).double().softmax(dim=-1)
-        self._found[split] |= metrics.pack(batch["index"], batch["y"], probability)
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
+        self.gathered[split] |= metrics.pack(batch["index"], batch["y"], probability)
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         found = metrics.unpack(sums)
         return metrics.figures(found, self.data_state["classes"]) if found is not None else {}
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        series = bundle.test or bundle.val or bundle.train
-        assert isinstance(series, SeriesSet)
-        return series.__getitems__([i % len(series) for i in range(size)])
-
     @torch.no_grad()
     def predictions(self, series: SeriesSet, split: str = "test") -> Predictions:
         """What the model says of every series: from the last evaluation of `split` if it was whole, else anew."""
-        found = metrics.unpack(self._found.get(split) or {})
+        found = metrics.unpack(self.gathered.get(split) or {})
         if found is not None and len(found.index) == len(series):
             return found
         entries: dict[str, Tensor] = {}

@@ -56,7 +56,6 @@ class RecordsTask(Task):
         self.weight: Tensor | None
         balanced = self.options.class_weight == "balanced"
         self.register_buffer("weight", (1 - share) / share if balanced else None, persistent=False)
-        self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
     def model(self) -> UTDE:
@@ -95,18 +94,12 @@ class RecordsTask(Task):
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    def reset_metrics(self, split: str) -> None:
-        self._found[split] = {}
-
     def update_metrics(self, split: str, batch: Mapping[str, Tensor]) -> None:
-        self._found[split] |= self._entry(batch)
+        self.gathered[split] |= self._entry(batch)
 
     def _entry(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         probability = self.forward_batch(batch).double().sigmoid()
         return metrics.pack(batch["index"], batch["patient"], batch["y"], probability)
-
-    def metric_state(self, split: str) -> dict[str, Tensor]:
-        return self._found[split]
 
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         found = metrics.unpack(sums)
@@ -114,15 +107,10 @@ class RecordsTask(Task):
             return {}
         return metrics.figures(found, bootstrap=self.options.bootstrap if split == "test" else 0)
 
-    def example_batch(self, bundle: DataBundle, size: int) -> dict[str, Tensor]:
-        held = bundle.test or bundle.val or bundle.train
-        assert isinstance(held, RecordSet)
-        return held.__getitems__([i % len(held) for i in range(size)])
-
     @torch.no_grad()
     def predictions(self, held: RecordSet, split: str = "") -> Predictions:
         """What the model says of every stay: from the last evaluation of `split` if it was whole, else anew."""
-        found = metrics.unpack(self._found.get(split) or {})
+        found = metrics.unpack(self.gathered.get(split) or {})
         if found is not None and len(found.index) == len(held):
             return found
         self.eval()
