@@ -1,0 +1,89 @@
+"""What every segmentation model is: its shape and its signature.
+
+Shapes: B images, C channels, K classes with the background, S = (H, W) of pictures or (D, H, W)-like axes of volumes in
+the order of the files (x, y, z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""(B, K, *S) logits and (B, *S) labels, IGNORE where nobody drew -> a scalar; resizes logits of a coarser grid."""
+
+IGNORE = 255
+"""Label of voxels that no loss counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageShape:
+    """The shape of a segmentation problem.
+
+    Attributes:
+        ndim: 2 or 3.
+        channels: C.
+        classes: K, the background among them.
+        size: voxels of a training patch; models take any size in `forward`.
+
+    Raises:
+        ValueError: something else than 2 or 3 axes, no channel, fewer than two classes, another number of sizes.
+    """
+
+    ndim: int
+    channels: int
+    classes: int
+    size: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.ndim not in (2, 3):
+            raise ValueError(f"an image has 2 or 3 axes, got {self.ndim}")
+        if self.channels < 1 or self.classes < 2:
+            raise ValueError(
+                f"there must be a channel and two classes, got channels={self.channels} and classes={self.classes}"
+            )
+        if len(self.size) != self.ndim or min(self.size) < 1:
+            raise ValueError(f"a patch of {self.ndim} axes needs as many sizes of at least 1, got {self.size}")
+
+
+class Segmenter(nn.Module):
+    """An image -> logits of the classes at each voxel.
+
+    Args:
+        config: the model's dataclass in `attn_medseg.config`.
+        shape: the segmentation problem.
+        mixer: name of the `core_attn` mechanism that mixes tokens; None = the paper's own.
+        mixer_args: its options.
+
+    Attributes:
+        ndims: numbers of axes that the model can have.
+        wants_masks: training batches hold "masks": full masks of other training images, for an adversary.
+    """
+
+    ndims: ClassVar[tuple[int, ...]] = (2, 3)
+    wants_masks: ClassVar[bool] = False
+
+    def __init__(
+        self, config: Any, shape: ImageShape, *, mixer: str | None = None, mixer_args: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if shape.ndim not in self.ndims:
+            raise ValueError(f"{type(self).__name__} takes images of {self.ndims} axes, got {shape.ndim}")
+        self.config = config
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, K, *S), any S of at least 1."""
+        raise NotImplementedError
+
+    def loss(self, batch: Mapping[str, Tensor], criterion: Criterion) -> Tensor:
+        """What training lowers. A model with several outputs or losses of its own overrides it.
+
+        Args:
+            batch: "image" (B, C, *S), "label" (B, *S), and "masks" (B, *S) where `wants_masks`.
+            criterion: the task's loss.
+        """
+        return criterion(self(batch["image"]), batch["label"])

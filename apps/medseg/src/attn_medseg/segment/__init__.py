@@ -1,0 +1,1 @@
+"""Segmenting images and volumes: data, task, scores, prediction."""
