@@ -1,7 +1,7 @@
 """How published evaluations score masks, each by its own definition, faults included.
 
-- synapse: TransUNet's evaluation, which nearly every paper on Synapse copies. Volume by volume: Dice, and HD95 in voxels
-  as the spacing is never told to it. A structure that is not in the volume but predicted has Dice 1 and HD95 0; one
+- synapse: TransUNet's evaluation, which nearly every paper on Synapse copies. Volume by volume: Dice, and HD95 in
+  voxels, as the spacing is never told to it. A structure that is not in the volume but predicted has Dice 1 and HD95 0; one
   that is not predicted has Dice 0 and HD95 0, wherever it is. Means over volumes, then over structures.
 - acdc: the challenge's, for each of end-diastole (ED) and end-systole (ES): Dice, Hausdorff distance in the spacing's
   unit (the largest distance, no percentile), and the error of the volume in ml.
@@ -267,15 +267,15 @@ PROTOCOLS: dict[str, Protocol] = {
     for one in (
         Protocol(
             name="synapse",
-            says="Synapse as TransUNet scores it: volume by volume, HD95 (pooled) in voxels; a structure that is not in "
-            "the volume but predicted has Dice 1 and HD95 0, one that is not predicted Dice 0 and HD95 0.",
+            says="Synapse as TransUNet scores it: volume by volume, HD95 (pooled) in voxels; a structure that is not "
+            "in the volume but predicted has Dice 1 and HD95 0, one that is not predicted Dice 0 and HD95 0.",
             case=synapse_case,
             figures=synapse_figures,
         ),
         Protocol(
             name="acdc",
-            says="ACDC's challenge: Dice, Hausdorff distance (the largest, in the unit of the spacing) and absolute error "
-            "of the volume in ml, for each structure at end-diastole (ED) and end-systole (ES); no score where a "
+            says="ACDC's challenge: Dice, Hausdorff distance (the largest, in the unit of the spacing) and absolute "
+            "error of the volume in ml, for each structure at end-diastole (ED) and end-systole (ES); no score where a "
             "structure is missing, but Dice 0.",
             case=acdc_case,
             figures=acdc_figures,
@@ -289,8 +289,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             name="nnunet",
-            says="nnU-Net's evaluation: no score where a structure is neither there nor predicted, and 0 where it is one "
-            "of both; foreground_mean is the mean of the structures' means.",
+            says="nnU-Net's evaluation: no score where a structure is neither there nor predicted, and 0 where it is "
+            "one of both; foreground_mean is the mean of the structures' means.",
             case=nnunet_case,
             figures=nnunet_figures,
         ),
