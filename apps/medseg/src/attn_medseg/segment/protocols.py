@@ -1,8 +1,8 @@
 """How published evaluations score masks, each by its own definition, faults included.
 
 - synapse: TransUNet's evaluation, which nearly every paper on Synapse copies. Volume by volume: Dice, and HD95 in
-  voxels, as the spacing is never told to it. A structure that is not in the volume but predicted has Dice 1 and HD95 0; one
-  that is not predicted has Dice 0 and HD95 0, wherever it is. Means over volumes, then over structures.
+  voxels, as the spacing is never told to it. A structure that is not in the volume but predicted has Dice 1 and HD95 0;
+  one that is not predicted has Dice 0 and HD95 0, wherever it is. Means over volumes, then over structures.
 - acdc: the challenge's, for each of end-diastole (ED) and end-systole (ES): Dice, Hausdorff distance in the spacing's
   unit (the largest distance, no percentile), and the error of the volume in ml.
 - isic: of ISIC 2018 task 1: per image accuracy, sensitivity, specificity, Jaccard, Dice, and Jaccard taken as 0 below
