@@ -22,8 +22,8 @@ class SegmentDataConfig:
         normalise: "zscore" = each image's own mean and deviation, of what is not 0; "minmax" = its own smallest and
             largest value; "percentile" = its own 0.5th and 99.5th percentile; "clip" = `clip_low` and `clip_high` to 0
             and 1, as for CT; "none"; "auto" = the data set's own, else zscore. Never a statistic of another image.
-        slices: axis along which volumes are taken slice by slice, for models of two axes; -1 = the data set's own, whole
-            volumes for most.
+        slices: axis along which volumes are taken slice by slice, for models of two axes; -1 = the data set's own,
+            whole volumes for most.
         clip_low, clip_high: of "clip", in the file's units.
         supervision: "full" masks, or "scribble" where the data set has them: loss on drawn voxels alone. Evaluation
             always reads full masks.
