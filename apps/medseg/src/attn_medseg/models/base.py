@@ -87,3 +87,14 @@ class Segmenter(nn.Module):
             criterion: the task's loss.
         """
         return criterion(self(batch["image"]), batch["label"])
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """What the model's attention looks at in images, for the report: nothing where that cannot be read.
+
+        Args:
+            x: (B, C, *S).
+
+        Returns:
+            Name of a map -> (B, *s) of amounts from 0 on, on a grid as fine as S or coarser.
+        """
+        return {}
