@@ -35,4 +35,4 @@ def pad(x: Tensor, multiple: int | Sequence[int], least: int = 1) -> tuple[Tenso
 
 def crop(x: Tensor, inside: Sequence[slice]) -> Tensor:
     """(B, K, *padded) -> (B, K, *S)."""
-    return x[(..., *inside)]
+    return x[(slice(None), slice(None), *inside)]

@@ -65,14 +65,14 @@ def probabilities(
         for place in places:
             total[place] += blend
     for group in _groups(itertools.product(range(len(images)), places), batch):
-        chosen = torch.stack([images[(number, slice(None), *place)] for number, place in group])
+        chosen = torch.stack([images[number][(slice(None), *place)] for number, place in group])
         found = _mean(network, chosen.to(weight.device, weight.dtype), flips).to("cpu", torch.float32)
         for (number, place), one in zip(group, found):
             if blend is None or total is None:
                 view[number] = one
             else:
                 # Divided at once, so that no second pass over a file is needed.
-                view[(number, slice(None), *place)] += one * (blend / total[place])
+                view[number][(slice(None), *place)] += one * (blend / total[place])
     return made
 
 

@@ -145,7 +145,8 @@ def acdc_phases(cases: Sequence[CaseScores]) -> dict[str, str]:
     Raises:
         UserError: a case of which it cannot be told.
     """
-    found, frames = {}, {}
+    found: dict[str, str] = {}
+    frames: dict[str, list[str]] = {}
     for case in cases:
         named = re.search(r"(?<![A-Za-z])(ED|ES)(?![A-Za-z])", case.name)
         if case.phase or named:

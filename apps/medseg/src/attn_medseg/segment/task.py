@@ -168,8 +168,8 @@ def score_case(
     axis = prepared.undo.order[prepared.slices]
     del spacing[axis]
     return [
-        metrics.score(predicted.take(number, axis), truth.take(number, axis), count, spacing, **known)
-        for number in range(truth.shape[axis])
+        metrics.score(one, other, count, spacing, **known)
+        for one, other in zip(np.moveaxis(predicted, axis, 0), np.moveaxis(truth, axis, 0))
     ]
 
 
