@@ -36,6 +36,7 @@ _PUBLIC = {
     "relative_attention": "core_attn.ops.relative",
     "scalar_decay_attention": "core_attn.ops.scalar_decay",
     "scalar_decay_step": "core_attn.ops.scalar_decay",
+    "sinkhorn": "core_attn.ops.transport",
     "softmax_attention": "core_attn.ops.softmax",
     "softmax_attention_varlen": "core_attn.ops.softmax.varlen",
     "sort_edges": "core_attn.ops.edge",
