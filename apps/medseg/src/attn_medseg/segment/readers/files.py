@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from attn_shared.errors import UserError
 
 IGNORE = 255
 """Label of voxels that nothing counts (`attn_medseg.models.base.IGNORE`, which needs torch)."""
-_CHUNK = 1 << 22
+_PILLOW = (".gif", ".bmp")  # formats of which SimpleITK reads none, or not those of one bit
 _DAMAGED = "it is cut short, damaged or of another format"
 
 
@@ -79,7 +79,7 @@ def read_header(path: Path) -> Header:
 
     path = _existing(path)
     kind = suffix(path)
-    if kind == ".gif" or path.is_dir():
+    if kind in _PILLOW or path.is_dir():
         image = read_image(path)
         return Header(
             size=image.values.shape[1:],
@@ -141,7 +141,10 @@ def read_mask(path: Path, values: Mapping[int, int] | None = None, classes: int 
         UserError: as `read_image`; several channels, fractions, or values that are no labels.
     """
     path = _existing(path)
-    found, affine = _read(path)
+    if suffix(path) == ".png" and _has_palette(path):
+        found, affine = _numbers(path), None
+    else:
+        found, affine = _read(path)
     if found.shape[0] > 1:
         if not is_picture(path) or (found != found[:1]).any():
             raise UserError(f"{path.name} has {found.shape[0]} channels; a mask has one, of whole numbers")
@@ -197,20 +200,33 @@ def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
     if path.is_dir():
         return _read_series(path)
     kind = suffix(path)
-    if kind in (".nii", ".nii.gz"):
-        _check_length(path)
-    if kind == ".gif" or (kind in (".png", ".bmp") and _has_palette(path)):
-        return _read_picture(path), None
+    if kind in _PILLOW:
+        return _picture(path), None
     try:
+        if kind in (".nii", ".nii.gz"):
+            return _read_nifti(path)
         image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        if kind in (".nii", ".nii.gz") and "orthonormal" in str(error):
-            loaded = _sheared(path)
-            array = np.asanyarray(loaded.dataobj)
-            array = np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None]
-            return array, np.asarray(loaded.affine, np.float64)
+    except RuntimeError:
         raise UserError(f"{path.name} cannot be read: {_DAMAGED}") from None
     return _unpack(image, path)
+
+
+def _read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Voxels by nibabel, places by SimpleITK, which fills up a file that is cut short and makes NaN 0."""
+    import nibabel
+
+    affine = read_header(path).affine
+    assert affine is not None
+    try:
+        loaded: Any = nibabel.load(path)  # type: ignore[attr-defined]
+        if len(loaded.shape) > 4:
+            raise UserError(f"{path.name} has {len(loaded.shape)} axes; an image has 2 or 3, and channels")
+        array = np.asanyarray(loaded.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError):
+        raise UserError(f"{path.name} cannot be read: {_DAMAGED}") from None
+    if array.dtype.fields:  # colours
+        array = np.stack([array[one] for one in array.dtype.fields], -1)
+    return (np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]), affine
 
 
 def _unpack(image: Any, path: Path) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
@@ -244,28 +260,6 @@ def _affine(image: Any) -> NDArray[np.float64]:
     return affine
 
 
-def _check_length(path: Path) -> None:
-    """Refuse a NIfTI file that ends before its voxels do; the reader itself would fill them up."""
-    import nibabel
-
-    try:
-        header: Any = nibabel.load(path).header  # type: ignore[attr-defined]
-        wanted = int(header.get_data_offset()) + header.get_data_dtype().itemsize * int(
-            np.prod(header.get_data_shape())
-        )
-        found = 0
-        if suffix(path) == ".nii.gz":
-            with gzip.open(path) as stream:
-                while piece := stream.read(_CHUNK):
-                    found += len(piece)
-        else:
-            found = path.stat().st_size
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError):
-        raise UserError(f"{path.name} cannot be read: {_DAMAGED}") from None
-    if found < wanted:
-        raise UserError(f"{path.name} is cut short: it holds {found:,} of {wanted:,} bytes")
-
-
 def _sheared(path: Path) -> Any:
     """A NIfTI file whose axes are not at right angles, which SimpleITK refuses."""
     import nibabel
@@ -279,24 +273,32 @@ def _sheared(path: Path) -> Any:
 def _has_palette(path: Path) -> bool:
     from PIL import Image as Pillow
 
-    with contextlib.suppress(OSError, SyntaxError), Pillow.open(path) as picture:
+    with contextlib.suppress(OSError, SyntaxError, ValueError), Pillow.open(path) as picture:
         return picture.mode == "P"
     return False
 
 
-def _read_picture(path: Path) -> NDArray[Any]:
-    """A GIF, or a picture with a palette, whose numbers (labels, in a mask) are read rather than its colours."""
+def _numbers(path: Path) -> NDArray[Any]:
+    """The numbers of a picture with a palette rather than its colours: labels, in a mask."""
     from PIL import Image as Pillow
 
     try:
         with Pillow.open(path) as picture:
-            if picture.mode == "P" and suffix(path) == ".gif":
-                grey = np.asarray(picture.convert("RGB"))
-                return grey[None, ..., 0] if (grey == grey[..., :1]).all() else np.moveaxis(grey, -1, 0)
-            array = np.asarray(picture)
+            return np.asarray(picture)[None]
     except (OSError, SyntaxError, ValueError):
         raise UserError(f"{path.name} cannot be read: {_DAMAGED}") from None
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)[: _coloured(array.shape[-1])]
+
+
+def _picture(path: Path) -> NDArray[Any]:
+    """A picture of a format of which SimpleITK reads some or none; grey ones have one channel."""
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(path) as picture:
+            colours = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+    except (OSError, SyntaxError, ValueError):
+        raise UserError(f"{path.name} cannot be read: {_DAMAGED}") from None
+    return colours[:1] if (colours == colours[:1]).all() else colours
 
 
 # -- DICOM ------------------------------------------------------------------------------------------------------------

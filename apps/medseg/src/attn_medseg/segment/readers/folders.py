@@ -118,16 +118,15 @@ def readable(cases: Sequence[Case], notes: list[str]) -> tuple[list[Case], list[
         assert isinstance(case.image, tuple)
         try:
             found = [read_header(path) for path in case.image]
-            mask = read_header(case.label) if isinstance(case.label, Path) else found[0]
-            for path, one in ((case.image[-1], found[-1]), (case.label, mask)):
+            files = list(zip(case.image, found))
+            if isinstance(case.label, Path):
+                files.append((case.label, read_header(case.label)))
+            for path, one in files[1:]:
                 if one.size != found[0].size:
-                    raise UserError(
-                        f"{case.name}: {path.name if isinstance(path, Path) else ''} is of size "
-                        f"{' x '.join(map(str, one.size))}, {case.image[0].name} of "
-                        f"{' x '.join(map(str, found[0].size))}; it is left out"
-                    )
+                    sizes = [" x ".join(map(str, size)) for size in (one.size, found[0].size)]
+                    raise UserError(f"{path.name} is of size {sizes[0]}, {case.image[0].name} of {sizes[1]}")
         except UserError as error:
-            notes.append(str(error))
+            notes.append(f"{error}; {case.name} is left out")
             continue
         kept.append(case)
         header = found[0]
@@ -140,7 +139,7 @@ def readable(cases: Sequence[Case], notes: list[str]) -> tuple[list[Case], list[
             )
         )
     if not kept:
-        raise UserError("no case can be read: " + (notes[0] if notes else "there is none"))
+        raise UserError("no case can be read: " + (notes[-1] if cases else "there is none"))
     return kept, headers
 
 
