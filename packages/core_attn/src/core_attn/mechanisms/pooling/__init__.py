@@ -1,0 +1,1 @@
+"""Attention that makes one vector of a set: pooling for bags of instances."""
