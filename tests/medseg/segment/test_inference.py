@@ -34,6 +34,8 @@ class Net(nn.Module):
         ((9, 8, 8), (8, 8, 8), 0.0),
         ((31, 23), (16, 8), 0.25),
         ((8, 40), (8, 16), 0.6),
+        ((7, 20, 5), (8, 8, 10), 0.25),
+        ((5, 6), (12, 9), 0.0),
     ],
 )
 def test_windows_are_monais(size: tuple[int, ...], window: tuple[int, ...], overlap: float) -> None:
@@ -55,7 +57,7 @@ def test_windows_bound_what_the_network_reads() -> None:
     assert all(shape == (2, 2, 16, 16, 16) or shape == (1, 2, 16, 16, 16) for shape in net.seen)
     net.seen.clear()
     probabilities(net, torch.randn(2, 5, 4, 3), classes=3, window=(16, 16, 16))
-    assert net.seen == [(1, 2, 5, 4, 3)]
+    assert net.seen == [(1, 2, 16, 16, 16)]
 
 
 def test_large_results_lie_in_a_file() -> None:
