@@ -36,6 +36,7 @@ from attn_shared.seeding import derive
 
 _MULTIPLE = 16
 _MOST_VOXELS = 4096  # of each structure that are kept to draw patches around
+_MOST_CACHED = 6 * 2**30  # bytes of decoded cases, about
 _SAME = 1e-3  # spacings and places within this share of a millimetre are the same
 
 
@@ -89,7 +90,15 @@ class _Cached:
         )
 
     def __getitem__(self, index: int) -> Any:
-        return self.cache[index] if self.kept else self.load(index)
+        if not self.kept:
+            return self.load(index)
+        try:
+            return self.cache[index]
+        except RuntimeError as error:  # of MONAI, around what was wrong
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__
+            raise cause or error from None
 
 
 class TrainSet(Dataset[dict[str, Tensor]]):
@@ -388,6 +397,7 @@ def build(
         state = fit(corpus, args, [headers[case.name] for case in train], name)
     else:
         corpus = _renamed(corpus, state, name)
+    args = replace(args, cache=min(args.cache, _affordable(list(headers.values()), state, len(corpus.cases))))
     axis = state["slices"]
     slices = [_grid(headers[case.name], state).grid[axis] if axis >= 0 else 1 for case in parts["train"]]
     sets = {part: CaseSet(cases, corpus, state, args.cache) if cases else None for part, cases in parts.items()}
@@ -399,6 +409,14 @@ def build(
         facts=_facts(corpus, state, parts, list(headers.values()), how, args),
         protocol=_protocol(corpus, state, parts, how, args),
     )
+
+
+def _affordable(headers: Sequence[Header], state: Mapping[str, Any], count: int) -> float:
+    """Share of `count` cases like these that memory is taken for."""
+    whole = [
+        float(np.prod(one.size)) + 4 * state["channels"] * float(np.prod(_grid(one, state).grid)) for one in headers
+    ]
+    return min(1.0, _MOST_CACHED / max(1.0, float(np.mean(whole)) * count))
 
 
 def _grid(header: Header, state: Mapping[str, Any]) -> Restore:

@@ -42,7 +42,7 @@ class SegmentDataConfig:
         val: share of the training patients held out for validation where there is no such part.
         test: share of the patients held out for test where there is none; 1 = everything, such as to evaluate a folder.
         max_train: training patients at most, drawn, for learning curves; 0 = all.
-        cache: share of the cases kept decoded in memory, 0 to 1.
+        cache: share of the cases kept decoded in memory, 0 to 1; about 6 GB at most.
         shuffle: seed of what is drawn once: splits and patients.
     """
 

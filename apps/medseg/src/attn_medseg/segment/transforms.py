@@ -255,19 +255,21 @@ def label_on_grid(label: NDArray[np.uint8], undo: Restore) -> Tensor:
 def crop(array: Tensor, start: Sequence[int], size: Sequence[int], fill: float) -> Tensor:
     """(…, *S) -> (…, *size) from `start`, which may lie outside; what is outside is `fill`."""
     lead = array.ndim - len(size)
-    whole = array.shape[lead:]
-    low = [min(max(0, one), has) for one, has in zip(start, whole)]
-    high = [max(a, min(b, one + wide)) for a, b, one, wide in zip(low, whole, start, size)]
     inner = array
-    for axis, (a, b) in enumerate(zip(low, high)):
-        inner = inner.narrow(lead + axis, a, b - a)
-    if tuple(inner.shape[lead:]) == tuple(size):
+    outside = False
+    for axis, (one, wide) in enumerate(zip(start, size), lead):
+        has = array.shape[axis]
+        low, high = min(max(0, one), has), min(max(0, one + wide), has)
+        inner = inner.narrow(axis, low, high - low)
+        outside = outside or high - low < wide
+    if not outside:
         return inner
-    pads: list[int] = []
-    for a, one, wide, has in reversed(list(zip(low, start, size, inner.shape[lead:]))):
-        before = min(wide, a - one)
-        pads += [before, wide - has - before]
-    return F.pad(inner, pads, value=fill)
+    found = array.new_full((*array.shape[:lead], *size), fill)
+    there = found
+    for axis, one in enumerate(start, lead):
+        there = there.narrow(axis, min(max(0, -one), found.shape[axis]), inner.shape[axis])
+    there.copy_(inner)
+    return found
 
 
 def place(
