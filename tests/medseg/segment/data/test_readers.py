@@ -75,7 +75,8 @@ def describe(folder: Path, **told: Any) -> None:
         ("case0005_slice000", "case0005"),
         ("p7-visit2_slice-12", "p7"),
         ("ISIC_0000000", "ISIC_0000000"),
-        ("scan_t3", "scan"),
+        ("scan_t3", "scan_t3"),
+        ("brain_scan_12", "brain_scan_12"),
         ("frame01", "frame01"),
     ],
 )
@@ -260,6 +261,7 @@ def test_volumes_in_parts_with_scribbles(tmp_path: Path) -> None:
         ("p3", "p3", "test"),
     ]
     assert corpus.structures == ("x", "y")
+    assert corpus.notes == ("4 cases are of 3 patients by their names, such as p1_frame1 of p1",)
     found = load_scribble(corpus.cases[0], corpus, (6, 5, 4))
     assert (found == drawn).all()
     with pytest.raises(UserError, match="p1_frame2 has no scribble"):

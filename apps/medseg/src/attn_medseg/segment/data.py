@@ -391,6 +391,13 @@ def build(
     if args.supervision == "scribble" and all(case.scribble is None for case in corpus.cases):
         raise UserError(f"{name} has no scribbles; --data_args.supervision full takes masks")
     parts, how = split(corpus, args, name)
+    if args.supervision == "scribble" and parts["train"]:
+        drawn = [case for case in parts["train"] if case.scribble is not None]
+        if not drawn:
+            raise UserError(f"no training case of {name} has a scribble; --data_args.supervision full takes masks")
+        if len(drawn) < len(parts["train"]):
+            how += f", {len(parts['train']) - len(drawn)} training cases without a scribble left out"
+        parts["train"] = drawn
     train = parts["train"] or [case for part in parts.values() for case in part]
     headers = {case.name: measure(case) for case in train}
     if state is None:

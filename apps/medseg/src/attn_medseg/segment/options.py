@@ -36,7 +36,7 @@ class SegmentDataConfig:
             parts; "auto" = given where there are any, else drawn. A patient is never in two parts.
         folds, fold: of "kfold".
         patient: regular expression whose first group is the patient in the name of a case; empty = the name without
-            what ends in a number of a frame, time, slice, visit or view, such as patient001 of patient001_frame01.
+            its end that numbers a frame, time, phase, slice or visit, such as patient001 of patient001_frame01.
         structures: names of labels 1, 2, … where the files do not tell them.
         splits: JSON file of names or patients by part, or by fold, to read; where it does not exist it is written.
         val: share of the training patients held out for validation where there is no such part.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,7 @@ PARTS: dict[str, Part] = {
 _MASK_ENDINGS = ("_mask", "_masks", "_segmentation", "_seg", "_label", "_labels", "_gt", "_lesion")
 _MOST_KINDS = 64  # values in masks, to be structures
 _FEW = 3  # names in a sentence
-_ENDING = re.compile(
-    r"[_\-. ]?(?:frame|time|phase|slice|visit|view|scan|slc|ed|es)[_\-]?\d*$|[_\-][tzs]\d+$", re.IGNORECASE
-)
+_ENDING = re.compile(r"[_\-. ]?(?:frame|time|phase|slice|visit|slc|ed|es)[_\-]?\d*$", re.IGNORECASE)
 
 
 def read_folder(path: Path, args: SegmentDataConfig) -> Corpus:
@@ -90,6 +89,20 @@ def patient_of(name: str, pattern: str) -> str:
     while (match := _ENDING.search(shorter)) is not None and match.start() > 0:
         shorter = shorter[: match.start()]
     return shorter
+
+
+def by_patient(cases: Sequence[Case], pattern: str, notes: list[str]) -> list[Case]:
+    """The cases with the patients that their names tell; all names of one patient tell none."""
+    patients = [patient_of(case.name, pattern) for case in cases]
+    if not pattern and len(set(patients)) == 1:
+        return list(cases)
+    if len(set(patients)) < len(cases):
+        example = next(number for number, case in enumerate(cases) if case.name != patients[number])
+        notes.append(
+            f"{len(cases)} cases are of {len(set(patients))} patients by their names, such as {cases[example].name} of "
+            f"{patients[example]}"
+        )
+    return [replace(case, patient=patient) for case, patient in zip(cases, patients)]
 
 
 def few(names: Sequence[str]) -> str:
@@ -202,21 +215,15 @@ def read_described(folder: Path, args: SegmentDataConfig) -> Corpus:
         pairs = _decathlon(folder, told, notes)
     else:
         pairs = _nnunet(folder, told, notes)
-    cases = [
-        Case(name=name, patient=patient_of(name, args.patient), image=images, label=label, part=part)
-        for name, images, label, part in pairs
-    ]
+    cases = [Case(name=name, patient=name, image=images, label=label, part=part) for name, images, label, part in pairs]
     if any(case.part == "test" for case in cases):
-        cases = [_with_part(case, case.part or "train") for case in cases]
+        cases = [replace(case, part=case.part or "train") for case in cases]
+    cases = by_patient(cases, args.patient, notes)
     modality = told.get("channel_names") or told.get("modality") or {}
     scans = [str(one).lower() for one in (modality.values() if isinstance(modality, dict) else modality)]
     if any(one == "ct" for one in scans):
         notes.append("CT: intensities are in Hounsfield units; --data_args.normalise clip keeps them comparable")
     return finish(cases, structures, notes, values=values)
-
-
-def _with_part(case: Case, part: Part) -> Case:
-    return Case(name=case.name, patient=case.patient, image=case.image, label=case.label, part=part, slices=case.slices)
 
 
 def _labels(told: Mapping[str, Any], notes: list[str]) -> tuple[list[str], dict[int, int]]:
@@ -381,7 +388,7 @@ def read_plain(folder: Path, args: SegmentDataConfig) -> Corpus:
             cases.append(
                 Case(
                     name=unique,
-                    patient=patient_of(name, args.patient),
+                    patient=unique,
                     image=(pictures[name],),
                     label=labels[name],
                     scribble=drawn.get(name),
@@ -390,6 +397,7 @@ def read_plain(folder: Path, args: SegmentDataConfig) -> Corpus:
             )
     if not cases:
         raise UserError(f"no image in {folder} has a mask of the same name" + (f": {notes[0]}" if notes else ""))
+    cases = by_patient(cases, args.patient, notes)
     if all(suffix(case.label) in (".jpg", ".jpeg") for case in cases if isinstance(case.label, Path)):
         cases = [lossy(case) for case in cases]
         notes.append("masks are JPEG, which blurs: what is brighter than half is structure 1")
@@ -401,13 +409,7 @@ def read_plain(folder: Path, args: SegmentDataConfig) -> Corpus:
 def lossy(case: Case) -> Case:
     """The case with a mask that is cut at half of 255."""
     assert isinstance(case.label, Path)
-    return Case(
-        name=case.name,
-        patient=case.patient,
-        image=case.image,
-        label=partial(half, case.label),
-        part=case.part,
-    )
+    return replace(case, label=partial(half, case.label))
 
 
 def half(path: Path) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,7 @@ def read_isic(folder: Path, args: SegmentDataConfig) -> Corpus:
             for name in sorted(set(images) & set(labels))
         ]
     if {case.part for case in cases} == {"train"}:
-        cases = [Case(name=one.name, patient=one.patient, image=one.image, label=one.label) for one in cases]
+        cases = [replace(case, part="") for case in cases]
     return finish(cases, ("lesion",), notes, values={0: 0, 1: 1, 255: 1}, defaults=_SKIN)
 
 
@@ -318,7 +319,7 @@ def read_drive(folder: Path, args: SegmentDataConfig) -> Corpus:
     if seen:
         notes.append("what lies outside of the field of view counts nowhere")
     if {case.part for case in cases} == {"train"}:
-        cases = [Case(name=one.name, patient=one.patient, image=one.image, label=one.label) for one in cases]
+        cases = [replace(case, part="") for case in cases]
     return finish(
         cases,
         ("vessel",),
