@@ -110,6 +110,19 @@ def test_lists_may_be_written_with_commas():
             options.typed(known, {}, [line])
 
 
+def test_tuples_may_be_written_with_commas():
+    known = [
+        options.Option("a.sizes", tuple[int, ...], ()),
+        options.Option("a.pair", tuple[float, float], (0.9, 0.999)),
+    ]
+    for text in ("4,8", "4, 8", "[4, 8]"):
+        assert list(options.typed(known, {}, [f"--a.sizes={text}"])["a.sizes"]) == [4, 8]
+    assert list(options.typed(known, {}, ["--a.sizes=32"])["a.sizes"]) == [32]
+    assert list(options.typed(known, {}, ["--a.pair=[0.8, 0.9]"])["a.pair"]) == [0.8, 0.9]
+    with pytest.raises(UserError, match="takes int, got x"):
+        options.typed(known, {}, ["--a.sizes=x"])
+
+
 def test_a_key_of_a_configuration_file_is_checked(toy, capsys):
     Path("c.yaml").write_text("trainer:\n  max_epoch: 3\n")
     assert toy.main("train", "--config", "c.yaml") == 2

@@ -465,11 +465,15 @@ def typed(options: Sequence[Option], values: Mapping[str, Any], lines: Sequence[
 
 
 def _list_parts(kind: Any) -> Any:
-    """What the elements of a list option are: the T of list[T] or list[T] | None; None for any other option."""
+    """What the elements of a list option are: the T of list[T], tuple[T, ...] or one of them | None; None for any
+    other option."""
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     found = [part for part in (typing.get_args(kind) if union else (kind,)) if part is not type(None)]
-    if len(found) == 1 and typing.get_origin(found[0]) is list:
-        return typing.get_args(found[0])[0]
+    if len(found) != 1:
+        return None
+    parts = typing.get_args(found[0])
+    if typing.get_origin(found[0]) is list or (typing.get_origin(found[0]) is tuple and parts[1:] == (...,)):
+        return parts[0]
     return None
 
 
