@@ -318,3 +318,22 @@ def test_slices_of_volumes(tmp_path: Path) -> None:
     same_place(tmp_path / "out" / "heart.nii.gz", source)
     labels = np.asanyarray(nibabel.load(tmp_path / "out" / "heart.nii.gz").dataobj)
     assert np.array_equal(labels, task.labels(prepare(read_image(source), task.data_state)))
+
+
+@pytest.mark.data
+def test_real_volumes_keep_their_place(tmp_path: Path) -> None:
+    from attn_medseg.segment.cards import DATASETS, HIPPOCAMPUS
+    from attn_shared import datasets
+
+    try:
+        folder = datasets.locate(DATASETS["hippocampus"]) / HIPPOCAMPUS / "images"
+    except UserError as error:
+        pytest.skip(str(error))
+    files = sorted(folder.glob("*.nii.gz"))[:3]
+    state = data.load_bundle("hippocampus", SegmentDataConfig(max_train=4)).state
+    task = task_of(state)
+    run(task, files, tmp_path / "out")
+    for file in files:
+        same_place(tmp_path / "out" / file.name, file)
+        labels = np.asanyarray(nibabel.load(tmp_path / "out" / file.name).dataobj)
+        assert np.array_equal(labels, task.labels(prepare(read_image(file), state)))

@@ -86,7 +86,9 @@ def threshold(train: TrainSet) -> tuple[float, bool]:
     examples = [train.example(number) for number in range(0, len(train.cases), step)]
     values = [example.image.mean(dim=0) for example in examples]
     few = torch.cat([one.flatten()[:: max(1, one.numel() // 2000)] for one in values])
-    levels = np.unique(np.quantile(few.numpy(), np.linspace(0.02, 0.98, _LEVELS)))
+    # Evenly over the voxels and evenly over the range: few voxels may be bright.
+    low, high = np.quantile(few.numpy(), (0.005, 0.995))
+    levels = np.union1d(np.quantile(few.numpy(), np.linspace(0.02, 0.98, _LEVELS)), np.linspace(low, high, _LEVELS))
     best: Mapping[tuple[float, bool], float] = {
         (float(level), above): float(np.mean([_dice(v, e.full, level, above) for v, e in zip(values, examples)]))
         for level in levels

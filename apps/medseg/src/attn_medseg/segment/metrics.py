@@ -34,14 +34,15 @@ from torch import Tensor
 
 FORMAT: Mapping[str, str] = {
     "dice": ".4f",
-    "iou": ".4f",
     "hd95": ".3f",
-    "assd": ".3f",
-    "volume_difference": ".3f",
     "missed": ",.0f",
     "invented": ",.0f",
+    "iou": ".4f",
+    "assd": ".3f",
+    "volume_difference": ".3f",
     "cases": ",.0f",
 }
+"""Metrics in the order of their weight: the first three stand in every table."""
 PERCENTILE = 95.0
 _COLUMNS = ("truth", "predicted", "shared", "hd95_pooled", "hd95_maximum", "assd", "voxel", "diagonal")
 _KEYS = ("case", "part", "structure", "patient")

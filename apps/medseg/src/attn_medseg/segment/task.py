@@ -125,6 +125,7 @@ class SegmentTask(Task):
         rows = metrics.unpack(sums)
         if rows is None:
             return {}
+        self.gathered[split] = dict(sums)  # those of all processes, for the pictures
         resamples = self.options.bootstrap if split == "test" else 0
         return metrics.figures(rows, self.structures, self.policy, resamples=resamples)
 
