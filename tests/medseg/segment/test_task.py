@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from attn_medseg.cli import APP, main
@@ -170,6 +171,27 @@ def test_predictions_that_do_not_fit(folder: Path, tmp_path: Path, capsys: pytes
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), AFFINE), tmp_path / "p40.nii.gz")
     assert main(["eval", "--predictions", str(tmp_path), "--truth", str(truth)]) == 2
     assert "p40.nii.gz is of 4 x 4 x 4 voxels" in capsys.readouterr().err
+
+
+def test_pictures_of_any_tool(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks", "volumes"):
+        (tmp_path / kind).mkdir()
+    for number in range(4):
+        label = np.zeros((20, 20), np.uint8)
+        label[2 : 8 + number, 5:18] = 255
+        for kind, values in (("images", rng.integers(0, 255, (20, 20)).astype(np.uint8)), ("masks", label)):
+            sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / kind / f"s{number}.png"))
+        # As tools write arrays: width comes first in the file.
+        made = sitk.GetImageFromArray((label > 0).astype(np.float32))
+        sitk.WriteImage(made, str(tmp_path / "volumes" / f"s{number}_pred.nii.gz"))
+    for folder in ("masks", "volumes"):
+        for truth in (["--data", str(tmp_path), "--split", "all"], ["--truth", str(tmp_path / "masks")]):
+            out = tmp_path / "out.json"
+            words = ["--predictions", str(tmp_path / folder), *truth, "--protocol", "isic", "--output", str(out)]
+            assert main(["eval", *words]) == 0
+            found = json.loads(out.read_text())["metrics"]
+            assert (found["threshold_jaccard"], found["images"]) == (1, 4)
 
 
 def test_threshold_finds_what_is_dark() -> None:

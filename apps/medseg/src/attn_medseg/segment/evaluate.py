@@ -42,7 +42,8 @@ as the case, its image or its label: NAME.nii.gz, NAME.nrrd, NAME.png, NAME_segm
 and every --data_args and --task_args option of `train`."""
 _FEW = 3
 _NEAR = 1e-2  # millimetres by which a mask may lie beside the true one
-_ENDS = ("", "_segmentation", "_mask", "_seg", "_pred", "_label", "_gt")
+_ENDS = ("", "_segmentation", "_mask", "_seg", "_pred")
+_TRUE = ("_gt", "_label", "_labels", "_segmentation", "_mask", "_seg")
 _OTHERS = ("_overlay", "_probability")  # what `predict` writes beside masks
 
 
@@ -215,7 +216,7 @@ def _of_data(folder: Path, data: str, split: str, args: SegmentDataConfig) -> _S
             affine = read_header(case.label).affine if isinstance(case.label, Path) else None
             if affine is None and callable(case.label):
                 affine = case.label().affine
-            predicted, other = _labels(path, corpus.values, len(corpus.structures))
+            predicted, other = _labels(path, corpus.values, len(corpus.structures), affine is None)
             _fits(path, predicted, truth, case.name)
             if _apart(affine, other):
                 astray.append(case.name)
@@ -255,7 +256,7 @@ def _of_folder(folder: Path, truth: Path, names: str | None, args: SegmentDataCo
     true, files = _masks(truth), _masks(folder)
     if not true:
         raise UserError(f"{truth} holds no masks")
-    found = {name: _find(files, [name]) for name in true}
+    found = {name: _find(files, [name, _bare(name)]) for name in true}
     _complain([name for name, path in found.items() if path is None], len(true), folder)
     pictures = {is_picture(path) for path in true.values()}
     if len(pictures) > 1:
@@ -277,7 +278,7 @@ def _of_folder(folder: Path, truth: Path, names: str | None, args: SegmentDataCo
         for name, path in true.items():
             mask, own = read_mask(path, coding), found[name]
             assert own is not None
-            predicted, other = _labels(own, coding, len(structures))
+            predicted, other = _labels(own, coding, len(structures), mask.affine is None)
             labels = np.asarray(mask.values, np.uint8)
             _fits(own, predicted, labels, name)
             if _apart(mask.affine, other):
@@ -319,6 +320,11 @@ def _plain_stem(path: Path) -> str:
     return stem(path).removesuffix("_0000")
 
 
+def _bare(name: str) -> str:
+    """The name of a true mask without the end that says what it is."""
+    return next((name.removesuffix(end) for end in _TRUE if name.endswith(end)), name)
+
+
 def _find(files: Mapping[str, Path], names: Sequence[str]) -> Path | None:
     return next((files[name + end] for name in dict.fromkeys(names) for end in _ENDS if name + end in files), None)
 
@@ -329,13 +335,23 @@ def _complain(missing: Sequence[str], count: int, folder: Path) -> None:
         raise UserError(f"{folder} lacks the masks of {len(missing)} of {count} cases: {some}; --split names others")
 
 
-def _labels(path: Path, values: Mapping[int, int], structures: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predicted labels and the affine: as the data's files have them, as numbers of structures, or white as the one."""
+def _labels(
+    path: Path, values: Mapping[int, int], structures: int, picture: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Predicted labels and the affine: as the data's files have them, as numbers of structures, or white as the one.
+
+    Args:
+        picture: the true mask's axes are height, width and perhaps slice, as pictures and arrays have them. Files of
+            volumes have width first.
+    """
     import numpy as np
 
-    from attn_medseg.segment.readers.files import read_image
+    from attn_medseg.segment.corpus import Image
+    from attn_medseg.segment.readers.files import is_picture, read_image
 
     image = read_image(path)
+    if picture and not is_picture(path):
+        image = Image(values=image.values.swapaxes(1, 2))
     found = image.values[0]
     if image.values.shape[0] > 1 and (image.values != found).any():
         raise UserError(f"{path.name} has {image.values.shape[0]} channels; a mask has one, of whole numbers")
