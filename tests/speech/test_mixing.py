@@ -103,6 +103,14 @@ def test_fixed_mixtures_are_fixed(voices: list[Utterance], part: str) -> None:
     assert {data.piece(index).speakers[0] for index in range(5)} == {f"s{n}" for n in range(5)}
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_fixed_mixtures_end_where_asked(voices: list[Utterance], part: str) -> None:
+    options = {"val_mixtures": 8, "test_mixtures": 8}
+    whole, cut = made(voices, part, **options), made(voices, part, longest=0.7, **options)
+    assert {len(one) for one in batches(cut)} == {5600}
+    assert {cut.piece(index).name for index in range(8)} == {whole.piece(index).name for index in range(8)}
+
+
 def test_training_mixtures_follow_from_seed_epoch_and_index(voices: list[Utterance]) -> None:
     data, again = (made(voices, speed=0.1, reverb=0.5, mixtures=6) for _ in range(2))
     seen = []
@@ -295,6 +303,7 @@ def test_a_trained_models_rate_and_voices_are_kept() -> None:
         ({"speakers": 4}, "speakers is 2 or 3, got 4"),
         ({"rate": 0}, "rate is a sampling rate"),
         ({"seconds": 0.01}, "seconds is 0"),
+        ({"longest": 0.0}, "longest is 0.1 to 3600 seconds, got 0"),
         ({"low_db": 3.0}, "low_db lies above high_db"),
         ({"speed": 0.9}, "speed is 0 to 0.5"),
         ({"val": 1.0}, "val is a share"),

@@ -14,7 +14,7 @@ from attn_speech.audio import Sounds
 from attn_speech.data.cards import DATASETS
 from attn_speech.data.corpus import Corpus, Part
 from attn_speech.data.folders import PARTS
-from attn_speech.data.mixing import LONGEST, FileMixtures, MadeMixtures, Mixtures, evaluation
+from attn_speech.data.mixing import FileMixtures, MadeMixtures, Mixtures, evaluation
 from attn_speech.data.noise import Noise, find_noise
 from attn_speech.data.options import SpeechDataConfig
 from attn_speech.data.readers import read_any
@@ -99,6 +99,7 @@ def check_options(args: SpeechDataConfig) -> None:
         (not 0 <= args.reverb <= 1, "reverb is a share from 0 to 1", args.reverb),
         (not 0 <= args.val < 1, "val is a share from 0 to below 1", args.val),
         (not 0 <= args.test <= 1, "test is a share from 0 to 1", args.test),
+        (not 0.1 <= args.longest <= 3600, "longest is 0.1 to 3600 seconds", args.longest),
         (args.mixtures < 0, "mixtures is 0 or more", args.mixtures),
         (args.val_mixtures < 0, "val_mixtures is 0 or more", args.val_mixtures),
         (args.test_mixtures < 0, "test_mixtures is 0 or more", args.test_mixtures),
@@ -134,7 +135,7 @@ def _protocol(corpus: Corpus, parts: Mapping[Part, Mixtures], args: SpeechDataCo
     if isinstance(test, FileMixtures):
         return f"{head}{len(test)} whole mixtures of {corpus.name} as they are in its files"
     assert isinstance(test, MadeMixtures)
-    cut = "" if all(one.frames <= LONGEST * one.rate for one in test.utterances) else f" up to {LONGEST:g} s"
+    cut = "" if all(one.frames <= args.longest * one.rate for one in test.utterances) else f" up to {args.longest:g} s"
     return (
         f"{head}{args.mode} mode, {len(test)} mixtures of whole utterances{cut} of {len(test.speakers)} speakers of "
         f"{corpus.name} who are in no other part, {evaluation(args)}"

@@ -21,7 +21,6 @@ from attn_speech.data.noise import Noise
 from attn_speech.data.options import SpeechDataConfig
 from attn_speech.data.rooms import draw_room, in_room
 
-LONGEST = 60.0  # seconds of a mixture for evaluation that is made here
 _LEVEL = 0.05  # level of the first voice, about -26 dB below full scale
 _PEAK = 0.9
 
@@ -175,7 +174,7 @@ class MadeMixtures(Mixtures):
 
         there = [int(self.sounds.length(one.frames, one.rate) / speed) for one, speed in zip(voices, speeds)]
         length = min(there) if args.mode == "min" else max(there)
-        most = args.seconds if self.training and args.seconds else LONGEST
+        most = args.seconds if self.training and args.seconds else args.longest
         length = max(1, min(length, round(most * args.rate)))
 
         sources = np.zeros((args.speakers, length), dtype=np.float32)

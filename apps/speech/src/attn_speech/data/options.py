@@ -22,6 +22,7 @@ class SpeechDataConfig:
         reverb: share of the training mixtures put into a simulated room.
         mixtures: mixtures made of each epoch's training utterances; 0 = one for each utterance.
         val_mixtures, test_mixtures: mixtures made once, by `shuffle`, for validation and test.
+        longest: seconds of such a mixture at most; longer ones end there, as do a training epoch's whole ones.
         val: share of the training speakers held out for validation, where the data set has no such part.
         test: share of the speakers held out for test, where it has none; 1 = all, such as to evaluate files.
         shuffle: seed of the splits and of the fixed mixtures.
@@ -41,6 +42,7 @@ class SpeechDataConfig:
     mixtures: int = 0
     val_mixtures: int = 40
     test_mixtures: int = 100
+    longest: float = 60.0
     val: float = 0.1
     test: float = 0.1
     shuffle: int = 0
