@@ -52,7 +52,13 @@ def test_the_core_needs_torch_alone() -> None:
 
 
 # Distributions whose import has another name.
-IMPORTED_AS = {"pyyaml": "yaml", "scikit_learn": "sklearn", "imbalanced_learn": "imblearn"}
+IMPORTED_AS = {
+    "pyyaml": "yaml",
+    "scikit_learn": "sklearn",
+    "imbalanced_learn": "imblearn",
+    "pillow": "PIL",
+    "simpleitk": "SimpleITK",
+}
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))

@@ -345,7 +345,7 @@ def test_synapse_as_transunet_prepares_it(tmp_path: Path) -> None:
     (tmp_path / "test_vol_h5").mkdir()
     (tmp_path / "test_vol_h5" / "case0001.npy.h5").write_bytes(b"none")
     if importlib.util.find_spec("h5py") is None:
-        with pytest.raises(UserError, match=r"case0001.npy.h5 needs h5py: `pip install h5py`"):
+        with pytest.raises(UserError, match=r"case0001.npy.h5 needs h5py: `pip install attn-medseg\[synapse\]`"):
             read(tmp_path)
 
 

@@ -124,7 +124,7 @@ def read_synapse(folder: Path, args: SegmentDataConfig) -> Corpus:
             import h5py  # noqa: F401
         except ImportError:
             raise UserError(
-                f"{volumes[0].name} needs h5py: `pip install h5py`, or name a folder without test_vol_h5"
+                f"{volumes[0].name} needs h5py: `pip install attn-medseg[synapse]`, or leave out test_vol_h5"
             ) from None
     for path in volumes:
         name = path.name.removesuffix(".h5").removesuffix(".npy")
