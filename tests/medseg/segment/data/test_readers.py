@@ -175,6 +175,13 @@ def test_nnunet_with_a_test_part_and_regions(tmp_path: Path) -> None:
     assert "smallest region" in corpus.notes[0]
 
 
+def test_hounsfield_units_are_kept(tmp_path: Path) -> None:
+    corpus = read(nnunet(tmp_path / "d", channel_names={"0": "CT", "1": "ct"}))
+    assert corpus.defaults["normalise"] == "clip"
+    assert "Hounsfield units" in corpus.notes[0]
+    assert "normalise" not in read(nnunet(tmp_path / "e", channel_names={"0": "CT", "1": "PET"})).defaults
+
+
 def test_nnunet_of_pictures(tmp_path: Path) -> None:
     describe(
         tmp_path, channel_names={"0": "R", "1": "G", "2": "B"}, labels={"background": 0, "road": 1}, file_ending=".png"

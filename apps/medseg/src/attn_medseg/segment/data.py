@@ -210,7 +210,7 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         for axis in self.state["flips"] if self.args.augment != "none" else ():
             if rng.random() < 0.5:
                 patch = patch.flip(axis)
-        return patch.long()
+        return patch.where(patch != IGNORE, 0).long()
 
 
 class CaseSet(Dataset[dict[str, Any]]):

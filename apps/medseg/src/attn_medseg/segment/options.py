@@ -19,9 +19,10 @@ class SegmentDataConfig:
             are cut; "auto" = the data set's own, else whole for pictures of different sizes.
         spacing: millimetres between voxels to which volumes are resampled, an axis each or one number; 0 = as the file
             has it; empty = the data set's own, else the median of the training cases where spacings differ.
-        normalise: "zscore" = each image's own mean and deviation, of what is not 0; "minmax" = its own smallest and
-            largest value; "percentile" = its own 0.5th and 99.5th percentile; "clip" = `clip_low` and `clip_high` to 0
-            and 1, as for CT; "none"; "auto" = the data set's own, else zscore. Never a statistic of another image.
+        normalise: "zscore" = each image's own mean and deviation, in volumes of what is not 0; "minmax" = its own
+            smallest and largest value; "percentile" = its own 0.5th and 99.5th percentile; "clip" = `clip_low` and
+            `clip_high` to 0 and 1, as for CT; "none"; "auto" = the data set's own, else zscore. Never a statistic of
+            another image.
         slices: axis along which volumes are taken slice by slice, for models of two axes; -1 = the data set's own,
             whole volumes for most.
         clip_low, clip_high: of "clip", in the file's units.

@@ -221,9 +221,13 @@ def read_described(folder: Path, args: SegmentDataConfig) -> Corpus:
     cases = by_patient(cases, args.patient, notes)
     modality = told.get("channel_names") or told.get("modality") or {}
     scans = [str(one).lower() for one in (modality.values() if isinstance(modality, dict) else modality)]
-    if any(one == "ct" for one in scans):
-        notes.append("CT: intensities are in Hounsfield units; --data_args.normalise clip keeps them comparable")
-    return finish(cases, structures, notes, values=values)
+    defaults: dict[str, object] = {}
+    if scans and all(one == "ct" for one in scans):
+        notes.append(
+            "CT: Hounsfield units are cut to --data_args.clip_low and clip_high unless normalise says otherwise"
+        )
+        defaults["normalise"] = "clip"
+    return finish(cases, structures, notes, values=values, defaults=defaults)
 
 
 def _labels(told: Mapping[str, Any], notes: list[str]) -> tuple[list[str], dict[int, int]]:
