@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from monai.networks.nets.swin_unetr import SwinTransformerBlock, compute_mask
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import core_attn
 from core_attn.mechanisms.channel.dual import ChannelAffinityGate, PositionChannelGate, PositionGate
+from core_attn.mechanisms.local.window_cross import WindowCrossAttention
 from core_attn.ops import efficient_attention
 from core_attn.testing import growth
 
@@ -153,3 +155,106 @@ def test_position_attention_never_holds_the_map(dtype: torch.dtype, padded: bool
     mask = torch.arange(4096)[None] < 4000 if padded else None
     counted = growth.count(lambda: mixer(x, key_padding_mask=mask).sum().backward())
     assert counted.peak_bytes < 4096**2 * x.element_size() / 10
+
+
+def swin_weights(official: dict[str, Tensor], window: tuple[int, ...]) -> dict[str, Tensor]:
+    """Weights of Swin's window attention (or their gradients) under our names."""
+    found = {}
+    for key, value in official.items():
+        name, _, kind = key.removeprefix("attn.").rpartition(".")
+        if name == "qkv":
+            found |= {f"{n}_proj.{kind}": part for n, part in zip("qkv", value.chunk(3))}
+        elif name == "proj":
+            found[f"out_proj.{kind}"] = value
+        else:
+            found["rpb"] = value.T.unflatten(1, [2 * w - 1 for w in window])
+    return found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", ["plain", "shifted"])
+def test_swin_is_the_official_one(case: str, dtype: torch.dtype) -> None:
+    golden, facts = golden_of("swin", case)
+
+    class OnImages(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = core_attn.build("swin", dim=8, **facts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixer(x, grid=(6, 9))
+
+    def rename(official: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"mixer.{k}": v for k, v in swin_weights(official, (3, 3)).items()}
+
+    check(OnImages(), golden, rename, dtype)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "shift"),
+    [((8, 12), (4, 4), (0, 0)), ((8, 12), (4, 4), (2, 2)), ((4, 6, 4), (2, 2, 2), (1, 1, 1)), ((3, 8), (4, 4), (0, 0))],
+)
+def test_swin_is_monais(grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]) -> None:
+    """Images and volumes, shifted or not; the last is lower than a window, which then is lower too."""
+    torch.manual_seed(0)
+    block = SwinTransformerBlock(8, 2, window, shift, qkv_bias=True).double()
+    block.norm1 = torch.nn.Identity()
+    torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    small = tuple(min(n, w) for n, w in zip(grid, window))
+    mixer = core_attn.build(
+        "swin" if len(grid) == 2 else "swin_3d", dim=8, heads=2, window=window, shift=shift
+    ).double()
+    state = {k: v for k, v in block.attn.state_dict().items() if "index" not in k}
+    mixer.load_state_dict(swin_weights(state, window))
+    if small != window:  # MONAI takes the first entries of its table there, whatever offsets they are for
+        mixer.rpb = None
+        torch.nn.init.zeros_(block.attn.relative_position_bias_table)
+    mask = compute_mask(grid, window, shift, "cpu").double() if any(shift) else None
+    x = torch.randn(2, *grid, 8, dtype=torch.float64, requires_grad=True)
+    right = block.forward_part1(x, mask).flatten(1, len(grid))
+    found = mixer(x.flatten(1, len(grid)), grid=grid)
+    assert difference(found, right) <= 1e-12
+    leaves = [x, *mixer.parameters()]
+    probe = torch.cos(torch.arange(right.numel(), dtype=right.dtype)).view_as(right)
+    own = dict(zip(["x", *dict(mixer.named_parameters())], torch.autograd.grad(found, leaves, probe)))
+    names, theirs = zip(*block.attn.named_parameters())
+    on_x, *gradients = torch.autograd.grad(right, [x, *theirs], probe)
+    wanted = {"x": on_x, **swin_weights(dict(zip(names, gradients)), window)}
+    for what, gradient in own.items():
+        assert difference(gradient, wanted[what]) <= 1e-12, what
+
+
+def test_swin_reads_nothing_beyond_the_image() -> None:
+    """Filled up by hand to whole windows it is MONAI's, which reads the filling; by itself it reads the image only."""
+    torch.manual_seed(0)
+    mixer = core_attn.build("swin", dim=8, heads=2, window=4).double()
+    x = torch.randn(1, 6, 7, 8, dtype=torch.float64)
+    alone = mixer(x.flatten(1, 2), grid=(6, 7)).unflatten(1, (6, 7))
+    wide = F.pad(x, (0, 0, 0, 1, 0, 2))
+    filled = mixer(wide.flatten(1, 2), grid=(8, 8)).unflatten(1, (8, 8))
+    assert difference(alone[:, :4, :4], filled[:, :4, :4]) <= 1e-12
+    assert (alone[:, 4:] - filled[:, 4:6, :7]).abs().max() > 1e-3
+    real = (F.pad(torch.ones(1, 6, 7), (0, 1, 0, 2)) > 0).flatten(1)
+    masked = mixer(wide.flatten(1, 2), grid=(8, 8), key_padding_mask=real).unflatten(1, (8, 8))
+    assert difference(alone, masked[:, :6, :7]) <= 1e-12
+
+
+@pytest.mark.parametrize(("fine", "coarse"), [((8, 8), (4, 4)), ((7, 9), (4, 5)), ((5, 6, 7), (3, 3, 4))])
+def test_window_cross_attention_reads_its_window(fine: tuple[int, ...], coarse: tuple[int, ...]) -> None:
+    """Pixels of the result depend on the coarse pixels of their window, and on nothing else of the coarse map."""
+    torch.manual_seed(0)
+    module = WindowCrossAttention(6, 10, out_dim=8, heads=2, axes=len(fine), window=2).double()
+    x = torch.randn(2, 6, *fine, dtype=torch.float64)
+    context = torch.randn(2, 10, *coarse, dtype=torch.float64, requires_grad=True)
+    out = module(x, context)
+    assert out.shape == (2, 8, *fine)
+    for place in ((0,) * len(fine), tuple(n - 1 for n in fine), tuple(n // 2 for n in fine)):
+        (gradient,) = torch.autograd.grad(out[(0, slice(None), *place)].sum(), context, retain_graph=True)
+        read = gradient[0].abs().sum(0) > 0
+        window = tuple(slice(p // 4 * 2, p // 4 * 2 + 2) for p in place)
+        wanted = torch.zeros(coarse, dtype=torch.bool)
+        wanted[window] = True
+        assert torch.equal(read, wanted)
+        assert gradient[1].abs().max() == 0
+    with pytest.raises(ValueError, match="must be of size"):
+        module(x, context[..., :-1])

@@ -43,6 +43,7 @@ _PUBLIC = {
     "titans_memory": "core_attn.ops.titans",
     "titans_step": "core_attn.ops.titans",
     "window_attention": "core_attn.ops.window",
+    "window_cross_attention": "core_attn.ops.partition",
 }
 __all__ = sorted(_PUBLIC)
 
