@@ -133,6 +133,25 @@ def test_gates_change_nothing_at_the_start_but_the_sum_of_two(name: str) -> None
         GATES[name](12)(x[:, :5])
 
 
+@pytest.mark.parametrize("form", ["inverse", "plain", "transposed"])
+def test_channels_read_channels(form: str) -> None:
+    """Every form by its definition, weight by weight; the weights of a channel sum to 1 but in the form of S227."""
+    torch.manual_seed(0)
+    gate = ChannelAffinityGate(3, form=form).double()
+    with torch.no_grad():
+        gate.mixer.gamma.fill_(0.7)
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    flat = x[0].flatten(1)
+    right = flat.clone()
+    for c in range(3):
+        for e in range(3):
+            row, column = (e, c) if form == "transposed" else (c, e)
+            products = [(flat[row] * flat[i]).sum() for i in range(3)]
+            scores = [max(products) - p if form == "inverse" else p for p in products]
+            right[c] += 0.7 * scores[column].exp() / sum(s.exp() for s in scores) * flat[e]
+    assert difference(gate(x)[0].flatten(1), right) <= 1e-12
+
+
 def test_gates_read_volumes() -> None:
     """Position attention of a volume by its definition, voxel by voxel."""
     torch.manual_seed(0)

@@ -18,9 +18,11 @@ from core_attn import ops
 from core_attn.contract import FeatureGate, Growth, MechanismInfo, Pattern, TokenMixer
 from core_attn.einsums import Cascade
 from core_attn.mechanisms.heads import MultiHeadMixer
+from core_attn.naming import unknown
 from core_attn.ops.softmax import reference
 from core_attn.registry import register
 
+FORMS = ("inverse", "plain", "transposed")
 _TITLE = "Dual Attention Network for Scene Segmentation"
 
 
@@ -129,15 +131,23 @@ class PositionAttention(MultiHeadMixer):
 class ChannelAffinityAttention(TokenMixer):
     """γ softmax(max S - S) x + x with S = xᵀ x over the channels: a channel reads those least like itself, eq. 3-4.
 
-    The official code subtracts S from the largest of its row; the paper's eq. 3 has softmax(S). There are no
+    The code of DANet and of S71 subtracts S from the largest of its row; the paper's eq. 3 has softmax(S). There are no
     projections; γ is learned, and 0 at the start. Products over tokens are large, so they are float32 at least.
 
     Args:
         dim: channels C.
+        form: "inverse" for the above; "plain" for softmax(S), as eq. 3 has it; "transposed" for the latter from the
+            other side, as the code of S227 has it, where what a channel reads has weights of any sum.
+
+    Raises:
+        UnknownNameError: no such form.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, form: str = "inverse") -> None:
         super().__init__(dim)
+        if form not in FORMS:
+            raise unknown("form", form, FORMS)
+        self.form = form
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(
@@ -154,9 +164,14 @@ class ChannelAffinityAttention(TokenMixer):
             x = x.masked_fill(~key_padding_mask.unsqueeze(-1), 0.0)
         with torch.autocast(x.device.type, enabled=False):
             precise = x.to(torch.promote_types(x.dtype, torch.float32))
+            products = precise.mT @ precise
             # What is constant in a row, its largest product, drops out of the softmax.
-            weights = torch.softmax(-(precise.mT @ precise), dim=-1)
-            return (self.gamma * (precise @ weights.mT) + precise).to(x.dtype)
+            weights = torch.softmax(-products if self.form == "inverse" else products, dim=-1)
+            read = precise @ (weights if self.form == "transposed" else weights.mT)
+            return (self.gamma * read + precise).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}"
 
 
 @register(
@@ -191,15 +206,19 @@ class PositionChannelAttention(TokenMixer):
 
     Args:
         dim, reduction, bias, backend: see `PositionAttention`.
+        form: see `ChannelAffinityAttention`.
 
     Raises:
         ValueError: an option out of its range.
+        UnknownNameError: no such form.
     """
 
-    def __init__(self, dim: int, *, reduction: int = 8, bias: bool = True, backend: str = "auto") -> None:
+    def __init__(
+        self, dim: int, *, reduction: int = 8, bias: bool = True, form: str = "inverse", backend: str = "auto"
+    ) -> None:
         super().__init__(dim)
         self.position = PositionAttention(dim, reduction=reduction, bias=bias, backend=backend)
-        self.channel = ChannelAffinityAttention(dim)
+        self.channel = ChannelAffinityAttention(dim, form=form)
 
     def forward(
         self,
@@ -256,12 +275,13 @@ class ChannelAffinityGate(_MapGate):
 
     Args:
         channels: C.
+        options: those of `ChannelAffinityAttention`.
     """
 
     info: ClassVar[MechanismInfo] = ChannelAffinityAttention.info
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(ChannelAffinityAttention(channels))
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(ChannelAffinityAttention(channels, **options))
 
 
 class PositionChannelGate(_MapGate):
