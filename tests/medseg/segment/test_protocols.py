@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from attn_medseg.segment.protocols import PROTOCOLS, CaseScores, Pair, nnunet_summary
+from attn_medseg.segment.protocols import PROTOCOLS, CaseScores, Pair, nnunet_summary, told_phase
 from attn_shared.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "medseg_metrics.safetensors"
@@ -92,6 +92,8 @@ def test_acdc_scores_each_phase() -> None:
     assert found["hd rv ES"] == pytest.approx((1.5 + 3.0) / 2)
     assert (found["cases ED"], found["cases ES"]) == (2, 2)
     assert found["error_ml rv ED"] == 0
+    assert found["without hd"] == 0
+    assert [told_phase(one) for one in scores("acdc", pairs, tuple(structures))] == ["", "", "ES", "ED"]
     assert found["dice"] == pytest.approx((5 + found["dice rv ES"]) / 6)
 
 

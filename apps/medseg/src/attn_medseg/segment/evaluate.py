@@ -397,7 +397,7 @@ def _report(
 
     from attn_medseg.models.base import IGNORE
     from attn_medseg.segment import metrics
-    from attn_medseg.segment.protocols import PROTOCOLS, CaseScores, Pair, nnunet_summary
+    from attn_medseg.segment.protocols import PROTOCOLS, CaseScores, Pair, nnunet_summary, told_phase
     from attn_medseg.segment.task import policy, told
     from attn_shared.runs import write_atomically
 
@@ -431,6 +431,10 @@ def _report(
     rows, rules = metrics.unpack(sums), policy(chosen)
     if rule is not None:
         figures, says = rule.figures(scored, source.structures), rule.says
+        if protocol == "acdc" and (guessed := sum(not told_phase(one) for one in scored)):
+            source.notes.append(
+                f"of {guessed} frames the data do not tell the phase; a patient's first is taken for ED, its last for ES"
+            )
     else:
         assert rows is not None
         figures = metrics.figures(rows, source.structures, rules, resamples=chosen.bootstrap)

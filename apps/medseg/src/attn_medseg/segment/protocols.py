@@ -135,6 +135,7 @@ def acdc_figures(cases: Sequence[CaseScores], structures: Sequence[str]) -> dict
         **{score: _mean(values) for score, values in named.items()},
         "cases ED": float(sum(phase == "ED" for phase in phases.values())),
         "cases ES": float(sum(phase == "ES" for phase in phases.values())),
+        "without hd": float(sum(math.isnan(one["hd"]) for case in cases for one in case.scores.values())),
         **{name: value for name, value in found.items() if not math.isnan(value)},
     }
 
@@ -148,9 +149,8 @@ def acdc_phases(cases: Sequence[CaseScores]) -> dict[str, str]:
     found: dict[str, str] = {}
     frames: dict[str, list[str]] = {}
     for case in cases:
-        named = re.search(r"(?<![A-Za-z])(ED|ES)(?![A-Za-z])", case.name)
-        if case.phase or named:
-            found[case.name] = case.phase or (named[1] if named else "")
+        if told := told_phase(case):
+            found[case.name] = told
         else:
             frames.setdefault(case.patient, []).append(case.name)
     for patient, names in frames.items():
@@ -162,6 +162,12 @@ def acdc_phases(cases: Sequence[CaseScores]) -> dict[str, str]:
         first, last = sorted(names, key=_numbers)
         found[first], found[last] = "ED", "ES"
     return found
+
+
+def told_phase(case: CaseScores) -> str:
+    """What the data or the name of a case says of its phase; empty where neither does."""
+    named = re.search(r"(?<![A-Za-z])(ED|ES)(?![A-Za-z])", case.name)
+    return case.phase or (named[1] if named else "")
 
 
 def _numbers(name: str) -> list[int]:
@@ -276,8 +282,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             name="acdc",
             says="ACDC's challenge: Dice, Hausdorff distance (the largest, in the unit of the spacing) and absolute "
-            "error of the volume in ml, for each structure at end-diastole (ED) and end-systole (ES); no score where a "
-            "structure is missing, but Dice 0.",
+            "error of the volume in ml, for each structure at end-diastole (ED) and end-systole (ES); a missing "
+            "structure has Dice 0 and no distance.",
             case=acdc_case,
             figures=acdc_figures,
         ),
