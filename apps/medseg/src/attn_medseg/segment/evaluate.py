@@ -433,7 +433,7 @@ def _report(
         figures, says = rule.figures(scored, source.structures), rule.says
         if protocol == "acdc" and (guessed := sum(not told_phase(one) for one in scored)):
             source.notes.append(
-                f"of {guessed} frames the data do not tell the phase; a patient's first is taken for ED, its last for ES"
+                f"the phase of {guessed} frames is not told; a patient's first is taken for ED, its last for ES"
             )
     else:
         assert rows is not None
