@@ -128,8 +128,9 @@ class _Call:
             if any(self.mixed[i] for i in places):
                 own, other = (g[places] for g in self.groups)
                 allowed = own[:, :, None] == other[:, None, :]
-                ceiling = torch.where(allowed, *s.new_tensor([float("inf"), torch.finfo(self.dtype).min]))
-                torch.minimum(whole, ceiling[:, None], out=whole)
+                free, forbidden = s.new_tensor([float("inf"), torch.finfo(self.dtype).min]).unbind()
+                ceiling = torch.where(allowed, free, forbidden)
+                torch.minimum(whole, ceiling.unsqueeze(1), out=whole)
         p = torch.softmax(s, -1) if out is None else torch.softmax(s, -1, out=out)
         if allowed is not None and self.padded:
             # Rows without keys. Without padding only rows beyond the grid are such, which nobody reads.
