@@ -231,18 +231,11 @@ def _format(path: Path, wanted: str, axes: int) -> str:
     return {".nhdr": ".nrrd", ".mhd": ".mha"}.get(suffix(path), suffix(path))
 
 
-def _coded(labels: NDArray[np.uint8], task: SegmentTask, form: str) -> NDArray[np.integer]:
-    """Labels as the files of the data set have them; of one structure in a picture 255, so that it can be seen."""
-    values = {int(label): int(value) for value, label in reversed(list(task.data_state.get("values", {}).items()))}
-    if not values and form == ".png" and len(task.structures) == 1:
-        values = {0: 0, 1: 255}
-    if not values:
-        return labels
-    highest = max(values.values())
-    table = np.zeros(256, np.uint8 if highest < 256 else np.uint16)
-    for label, value in values.items():
-        table[label] = value
-    return np.asarray(table[labels])
+def _coded(labels: NDArray[np.uint8], task: SegmentTask, form: str) -> NDArray[np.uint8]:
+    """Labels as they are written: of one structure in a picture 255, so that it can be seen."""
+    if form == ".png" and len(task.structures) == 1:
+        return labels * np.uint8(255)
+    return labels
 
 
 def _overlay(target: Path, image: Image, labels: NDArray[np.uint8], task: SegmentTask) -> Path:
