@@ -128,7 +128,7 @@ def test_gates_change_nothing_at_the_start_but_the_sum_of_two(name: str) -> None
     x = torch.randn(2, 12, 3, 4, 5)
     out = GATES[name](12)(x)
     assert torch.equal(out, 2 * x if name == "position_channel" else x)
-    assert GATES[name].info is core_attn.mechanisms.channel.dual.__dict__[type(GATES[name](12).mixer).__name__].info
+    assert GATES[name].info is GATES[name](12).mixer.info
     with pytest.raises(ValueError, match="with C = 12"):
         GATES[name](12)(x[:, :5])
 

@@ -44,8 +44,8 @@ def sinkhorn(
         target: b, (B, M) or (M,); likewise.
         reg: weight of the entropy, positive.
         tau: weight of the masses' deviations, positive.
-        prior: whether R = a bᵀ, as POT has it since 0.9.4 where masses are relaxed; else R = 1, the bare entropy, as in
-            MOTCat, which names an older POT.
+        prior: whether R = a bᵀ, as POT 0.9.7 has it where masses are relaxed; else R = 1, the bare entropy, as in
+            MOTCat, which names POT 0.9.3.
         iterations: at most so many; each goes over source and target.
         tolerance: iterations end when no potential of the batch changes by more than this many `reg`, or than rounding
             does.
