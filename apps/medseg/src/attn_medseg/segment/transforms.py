@@ -331,8 +331,10 @@ def cut(
 def _turned(
     image: Tensor, labels: Sequence[Tensor], start: Sequence[int], size: Sequence[int], rng: np.random.Generator
 ) -> tuple[Tensor, list[Tensor]]:
-    """The patch turned and zoomed around its middle, resampled once from a larger one (in torch itself: a patch of
-    96 x 96 takes a tenth of the time of MONAI's transforms)."""
+    """The patch turned and zoomed around its middle, resampled once from a larger one.
+
+    In torch itself: MONAI's transforms have a cost of their own that small patches notice.
+    """
     ndim = len(size)
     zoom = float(np.exp(rng.uniform(-np.log(_ZOOM), np.log(_ZOOM))))
     turn = _rotation(rng.uniform(-_TURN[ndim], _TURN[ndim], 1 if ndim == 2 else 3)) * zoom
