@@ -1,6 +1,6 @@
 """Long recordings through a trained separator: chunks against the whole file, seams, memory.
 
-    python benchmarks/separation.py RUN [--minutes 10] [--whole 60] [--pairs 3] [--chunk 16] [--overlap 0.25]
+    python benchmarks/separation.py RUN [--minutes 10] [--whole 60] [--pairs 3] [--chunk 32] [--overlap 0.25]
 
 The recording: two unseen readers of LibriSpeech mini at a time, each one's utterances one behind the other until the
 time is full. quality: SI-SDR improvement of the first --whole seconds separated at once and in chunks, and of all in
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--whole", type=float, default=60.0, help="seconds that fit in memory at once")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--chunk", type=float, default=16.0)
+    parser.add_argument("--chunk", type=float, default=32.0)
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--lengths", type=float, nargs="*", default=[1.0, 10.0, 60.0], help="minutes, for memory")
     args = parser.parse_args()

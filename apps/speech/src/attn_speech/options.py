@@ -31,7 +31,7 @@ class PredictOptions:
         format: kind of the files written: wav, flac or ogg.
     """
 
-    chunk: float = 16.0
+    chunk: float = 32.0
     overlap: float = 0.25
     channel: int = 0
     format: Literal["wav", "flac", "ogg"] = "wav"

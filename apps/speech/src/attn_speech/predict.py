@@ -44,7 +44,7 @@ def predict_files(task: SpeechTask, inputs: Sequence[Path], output: Path, option
     Raises:
         UserError: names every file that could not be separated and why; the others have been written all the same.
     """
-    seconds, overlap = float(options.get("chunk", 16.0)), float(options.get("overlap", 0.25))
+    seconds, overlap = float(options.get("chunk", 32.0)), float(options.get("overlap", 0.25))
     if not (seconds == 0 or seconds >= 0.5) or not math.isfinite(seconds):
         raise UserError(f"--chunk is {seconds:g}; give seconds from 0.5 on, or 0 for the whole recording at once")
     if not 0 < overlap <= 0.5:
