@@ -26,6 +26,25 @@ class UNetConfig:
     dropout: float = 0.0
 
 
+@dataclass(kw_only=True)
+class DAEFormerConfig:
+    """DAE-Former; the defaults are a model small enough to train on a CPU.
+
+    Attributes:
+        channels: of each level, from fine to coarse; 128,320,512 as published.
+        patch: voxels of a cell of the finest level along each axis; each further level halves the grid.
+        blocks: blocks of a level, in the encoder and in the decoder.
+        heads: heads of attention between channels, and of another mixer than the paper's between tokens.
+        expansion: how many times wider feed-forward layers of blocks are.
+    """
+
+    channels: tuple[int, ...] = (32, 80, 128)
+    patch: int = 4
+    blocks: int = 2
+    heads: int = 8
+    expansion: int = 4
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -38,6 +57,18 @@ MODELS: dict[str, ModelCard] = {
             config=UNetConfig,
             kinds=SEGMENT,
             note="no attention: the control that every other model must beat",
+        ),
+        ModelCard(
+            name="daeformer",
+            title="DAE-Former: Dual Attention-guided Efficient Transformer for Medical Image Segmentation",
+            source="Azad 2022",
+            year=2022,
+            target="attn_medseg.models.daeformer:DAEFormer",
+            config=DAEFormerConfig,
+            kinds=SEGMENT,
+            mixer="efficient",
+            mixer_patterns=("noncausal_self",),
+            note="efficient attention between tokens and attention between channels in every block; parent of TransDAE",
         ),
     )
 }
