@@ -45,6 +45,56 @@ class DAEFormerConfig:
     expansion: int = 4
 
 
+@dataclass(kw_only=True)
+class TransDAEConfig(DAEFormerConfig):
+    """TransDAE; the defaults are a model small enough to train on a CPU.
+
+    Attributes:
+        kernel: cells across which large kernel attention reaches in the skips.
+        dilation: of its second convolution; the first one has 2 dilation - 1 cells.
+    """
+
+    kernel: int = 21
+    dilation: int = 3
+
+
+@dataclass(kw_only=True)
+class AGUNetConfig:
+    """AGUNet.
+
+    Attributes:
+        channels: of each level, from fine to coarse; each level halves the grid.
+        multiscale: levels read the image at their own scale too.
+        supervision: every level of the decoder is told the labels, not the finest alone.
+        norm: "batch" or "instance".
+        dropout: of channels, after each convolution of the encoder and the decoder.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    multiscale: bool = True
+    supervision: bool = True
+    norm: str = "batch"
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class DAUNetConfig(AGUNetConfig):
+    """DAUNet.
+
+    Attributes:
+        guide: how the coarsest level's dual attention goes to each level of the decoder: "linear", "deconv" (as the
+            official code, which leaves most voxels out from the third level on) or "none".
+        channel_form: of channel attention: "plain", "transposed" (as the official code) or "inverse" (as DANet's).
+        attention_dropout: of channels, in the dual attention.
+        heads: of another mixer than the paper's.
+    """
+
+    guide: str = "linear"
+    channel_form: str = "plain"
+    attention_dropout: float = 0.5
+    heads: int = 4
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -69,6 +119,41 @@ MODELS: dict[str, ModelCard] = {
             mixer="efficient",
             mixer_patterns=("noncausal_self",),
             note="efficient attention between tokens and attention between channels in every block; parent of TransDAE",
+        ),
+        ModelCard(
+            name="transdae",
+            title="TransDAE: Dual Attention Mechanism in a Hierarchical Transformer for Efficient Medical Image "
+            "Segmentation",
+            source="S29",
+            year=2024,
+            target="attn_medseg.models.transdae:TransDAE",
+            config=TransDAEConfig,
+            kinds=SEGMENT,
+            mixer="efficient",
+            mixer_patterns=("noncausal_self",),
+            note="DAE-Former's blocks, with skips in which all scales meet under a large kernel",
+        ),
+        ModelCard(
+            name="agunet",
+            title="Meningioma Segmentation in T1-Weighted MRI Leveraging Global Context and Attention Mechanisms",
+            source="S227",
+            year=2021,
+            target="attn_medseg.models.agunet:AGUNet",
+            config=AGUNetConfig,
+            kinds=SEGMENT,
+            note="attention gates that join signal and skip, images of every scale, deep supervision",
+        ),
+        ModelCard(
+            name="daunet",
+            title="Meningioma Segmentation in T1-Weighted MRI Leveraging Global Context and Attention Mechanisms",
+            source="S227",
+            year=2021,
+            target="attn_medseg.models.agunet:DAUNet",
+            config=DAUNetConfig,
+            kinds=SEGMENT,
+            mixer="position",
+            mixer_patterns=("noncausal_self",),
+            note="position and channel attention at the coarsest level, sent to every level of the decoder",
         ),
     )
 }
