@@ -95,6 +95,40 @@ class DAUNetConfig(AGUNetConfig):
     heads: int = 4
 
 
+@dataclass(kw_only=True)
+class WAUConfig:
+    """A U-Net with Window Attention Upsample.
+
+    Attributes:
+        channels: of each level, from fine to coarse; each level halves the grid.
+        upsample: "wau", or as controls "bilinear" (trilinear in volumes) or "deconv".
+        window: coarse pixels of a window along each axis; one such pixel is two fine ones wide.
+        heads: of the attention, fewer where they do not divide a level's channels.
+        norm: "batch" or "instance".
+        dropout: of channels, after each convolution.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    upsample: str = "wau"
+    window: int = 4
+    heads: int = 4
+    norm: str = "instance"
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class AttentionUNetConfig:
+    """Attention U-Net.
+
+    Attributes:
+        channels: of each level, from fine to coarse; each level halves the grid.
+        dropout: after each convolution.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    dropout: float = 0.0
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -154,6 +188,26 @@ MODELS: dict[str, ModelCard] = {
             mixer="position",
             mixer_patterns=("noncausal_self",),
             note="position and channel attention at the coarsest level, sent to every level of the decoder",
+        ),
+        ModelCard(
+            name="wau",
+            title="More than Encoder: Introducing Transformer Decoder to Upsample",
+            source="S86",
+            year=2021,
+            target="attn_medseg.models.wau:WAUNet",
+            config=WAUConfig,
+            kinds=SEGMENT,
+            note="upsampling that looks at the skip connection; controls: --model_args.upsample bilinear, deconv",
+        ),
+        ModelCard(
+            name="attention_unet",
+            title="Attention U-Net: Learning Where to Look for the Pancreas",
+            source="Oktay 2018, MONAI",
+            year=2018,
+            target="attn_medseg.models.attention_unet:AttentionUNet",
+            config=AttentionUNetConfig,
+            kinds=SEGMENT,
+            note="attention gates that add signal and skip",
         ),
     )
 }
