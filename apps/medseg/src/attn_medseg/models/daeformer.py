@@ -153,7 +153,7 @@ class DAEFormer(HierarchicalSegmenter):
                 nn.Linear(coarser // 2, dim),
                 CrossBlock(shape.ndim, dim),
                 [self.block(dim) for _ in range(config.blocks)],
-                Expand(shape.ndim, dim, **_finer(config, level, dim)),
+                Expand(shape.ndim, dim, **finer(config, level, dim)),
             )
             for level, (dim, coarser) in reversed(list(enumerate(pairwise(widths))))
         )
@@ -192,7 +192,7 @@ class Embedding(nn.Module):
 
     def __init__(self, ndim: int, channels: int, dim: int, *, stride: int) -> None:
         super().__init__()
-        self.conv = _convolution(ndim)(channels, dim, 2 * stride - 1, stride=stride, padding=stride - 1)
+        self.conv = convolution(ndim)(channels, dim, 2 * stride - 1, stride=stride, padding=stride - 1)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
@@ -232,7 +232,7 @@ class FeedForward(nn.Module):
     def __init__(self, ndim: int, dim: int, hidden: int) -> None:
         super().__init__()
         self.enter = nn.Linear(dim, hidden)
-        self.conv = _convolution(ndim)(hidden, hidden, 3, padding=1, groups=hidden)
+        self.conv = convolution(ndim)(hidden, hidden, 3, padding=1, groups=hidden)
         self.norm = nn.LayerNorm(hidden)
         self.leave = nn.Linear(hidden, dim)
 
@@ -337,12 +337,12 @@ def start(*parts: nn.Module) -> None:
                     nn.init.zeros_(module.bias)
 
 
-def _finer(config: DAEFormerConfig, level: int, dim: int) -> dict[str, int]:
+def finer(config: DAEFormerConfig, level: int, dim: int) -> dict[str, int]:
     """How a level's tokens become finer: the last ones' become voxels."""
     return {"factor": 2, "out": dim // 2} if level else {"factor": config.patch, "out": dim}
 
 
-def _convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
+def convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
     return nn.Conv2d if ndim == 2 else nn.Conv3d
 
 
