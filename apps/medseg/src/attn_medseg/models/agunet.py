@@ -91,9 +91,9 @@ class _GatedLevel(nn.Module):
         self.norm = normalisation(config.norm, ndim, channels, eps=_EPSILON)
         hidden = max(1, channels // 2)
         self.gate = AttentionGate(channels, channels, hidden=hidden, axes=ndim, form="concat", norm=False)
-        self.gate.signal_norm, self.gate.input_norm, self.gate.psi_norm = (
-            normalisation(config.norm, ndim, n, eps=_EPSILON) for n in (hidden, hidden, 1)
-        )
+        # The gate's own norms are batch norms with torch's constant.
+        for name, n in (("signal_norm", hidden), ("input_norm", hidden), ("psi_norm", 1)):
+            setattr(self.gate, name, normalisation(config.norm, ndim, n, eps=_EPSILON))
         self.block = double(ndim, 2 * channels, channels, norm=config.norm, share=config.dropout, eps=_EPSILON)
 
     def forward(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,8 +326,10 @@ def load_official(model: AGUNet | DAUNet, arrays: Sequence[NDArray[Any]]) -> Non
         arrays: kernels as Keras has them, with the channels last.
 
     Raises:
-        ValueError: another number of variables or another shape.
+        ValueError: another number of variables, another shape, or a model that the official code cannot make.
     """
+    if isinstance(model, DAUNet) and not isinstance(model.bottom.position.mixer, PositionAttention):
+        raise ValueError("the official DAUNet has position attention; build the model without another mixer")
     slots = [slot for part in _official_parts(model) for slot in _slots(part)]
     if len(slots) != len(arrays):
         raise ValueError(f"the model has {len(slots)} variables, got {len(arrays)}")
@@ -346,17 +348,20 @@ def load_official(model: AGUNet | DAUNet, arrays: Sequence[NDArray[Any]]) -> Non
 
 def _official_parts(model: AGUNet | DAUNet) -> list[Any]:
     found: list[Any] = []
+    scaled: Any
+    block: Any
     for scaled, block in zip(model.encoder.scaled, model.encoder.blocks):
         found += [scaled, *block]
     if isinstance(model, DAUNet):
         dual = model.bottom
-        position = dual.position.mixer
+        position: Any = dual.position.mixer
         found += [position.gamma, position.k_proj, position.q_proj, position.v_proj, *dual.after_position]
         found += [dual.channel.mixer.gamma, *dual.after_channel, dual.join, dual.norm]
+    level: Any
     for level in model.levels:
-        found += [level.up.convolution]
+        found.append(level.up.convolution)
         if isinstance(level, _GuidedLevel):
-            found += [level.guide.convolution if isinstance(level.guide, Deconvolution) else level.guide, level.norm]
+            found += [getattr(level.guide, "convolution", level.guide), level.norm]
         else:
             gate = level.gate
             found += [level.norm, gate.signal, gate.signal_norm, gate.input, gate.input_norm, gate.psi, gate.psi_norm]

@@ -8,7 +8,7 @@ computes gates on the coarser grid and interpolates them. Gates are `core_attn`'
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +67,8 @@ class AttentionUNet(Segmenter):
             dropout=config.dropout,
         )
         layers = [part for part in self.network.modules() if isinstance(part, AttentionLayer)]
-        # From coarse to fine.
-        self.gates: list[AttentionGate] = []
-        for layer, channels in list(zip(layers, config.channels))[::-1]:
-            layer.attention = _Gate(channels, shape.ndim)
-            self.gates.append(layer.attention.gate)
+        for layer, channels in zip(layers, config.channels):
+            layer.attention = cast(Any, _Gate(channels, shape.ndim))
 
     def forward(self, x: Tensor) -> Tensor:
         padded, inside = pad(x, self.multiple, least=2)
@@ -82,8 +79,9 @@ class AttentionUNet(Segmenter):
         padded, inside = pad(x, self.multiple, least=2)
         taken: list[Tensor] = []
         hooks = [
-            gate.psi_norm.register_forward_hook(lambda _, __, out: taken.append(torch.sigmoid(out)))
-            for gate in self.gates
+            part.psi_norm.register_forward_hook(lambda _, __, out: taken.append(torch.sigmoid(out)))
+            for part in self.modules()
+            if isinstance(part, AttentionGate)
         ]
         try:
             self.network(padded)
