@@ -48,6 +48,7 @@ def test_official_numbers(name: str, dtype: torch.dtype, tolerance: float) -> No
     load_official(net, variables)
     net = net.to(dtype).eval()
     x = kept["x"].to(dtype).movedim(-1, 1)
+    assert min(kept["out0"].std(), kept["out1"].std()) > 0.05
     with torch.no_grad():
         found = net.outputs(x)
         assert (net(x).softmax(dim=1)[:, 0] - kept["out0"]).abs().max() <= tolerance
@@ -57,6 +58,9 @@ def test_official_numbers(name: str, dtype: torch.dtype, tolerance: float) -> No
     assert (coarse.softmax(dim=1)[:, 0] - kept["out1"]).abs().max() <= tolerance
     with pytest.raises(ValueError, match="variables, got"):
         load_official(net, variables[:-1])
+    if name == "daunet":
+        with pytest.raises(ValueError, match="without another mixer"):
+            load_official(DAUNet(config, net.shape, mixer="softmax"), variables)
     with pytest.raises(ValueError, match="variable 0 should have shape"):
         load_official(net, variables[::-1])
 
