@@ -75,6 +75,7 @@ bench-gpu:  ## speed of the kernels on this machine's card, into docs/benchmarks
 
 lint: setup  ## ruff (style, imports, bugs) and its formatter in check mode
 	@"$(BIN)/python" -m ruff check . && "$(BIN)/python" -m ruff format --check .
+	@"$(BIN)/python" -m ruff check --quiet --preview --select PLW1514 .  # text is UTF-8 whatever the locale
 
 types: setup  ## mypy over the packages
 	@"$(BIN)/python" -m mypy

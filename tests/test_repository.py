@@ -63,7 +63,7 @@ IMPORTED_AS = {
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))
 def test_every_import_is_declared(name: str) -> None:
-    project = tomllib.loads((PACKAGES[name].parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((PACKAGES[name].parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [
         *project["dependencies"],
         *(one for extra in project.get("optional-dependencies", {}).values() for one in extra),
@@ -81,7 +81,7 @@ def test_every_import_is_declared(name: str) -> None:
 
 
 def test_torch_is_pinned_exactly() -> None:
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert "torch==2.13.0" in pins
     assert all("==" in line for line in pins if line and not line.startswith("#"))
 
@@ -95,6 +95,6 @@ def test_make_has_the_targets_of_every_app(app: str) -> None:
 
 
 def test_ci_runs_the_readme_test_command() -> None:
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert "make test" in (ROOT / "README.md").read_text()
-    assert "make demo" in (ROOT / "README.md").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -213,21 +213,21 @@ def test_command(capsys, tmp_path):
     assert "sparse attention: least CPU time of 1 rounds, taken in turns, 1 thread" in out
     assert "blocks of 64, 10% of them, L 64" in err
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["sparse.json", "sparse.md"]
-    saved = json.loads((tmp_path / "new" / "sparse.json").read_text())
+    saved = json.loads((tmp_path / "new" / "sparse.json").read_text(encoding="utf-8"))
     assert saved["suite"] == "sparse"
     assert saved["machine"]["torch"] == torch.__version__
     assert saved["machine"]["date"]
     assert saved["settings"]["lengths"] == [64]
-    text = (tmp_path / "new" / "sparse.md").read_text()
+    text = (tmp_path / "new" / "sparse.md").read_text(encoding="utf-8")
     assert text.startswith("# Sparse attention beside its alternatives\n")
     assert text.count("\n| blocks of 64, 10% of them, L 64") == 1
     arguments = ["linear", "--lengths", "16,32", "--heads", "2", "--head-dim", "8", "--rounds", "1"]
     assert cli.main(["bench", *arguments, "--save", str(tmp_path / "new")]) == 0
-    saved = json.loads((tmp_path / "new" / "linear.json").read_text())
+    saved = json.loads((tmp_path / "new" / "linear.json").read_text(encoding="utf-8"))
     flow = [row for row in saved["rows"] if row["ours"] == "flow"]
     assert [row["growth"] is None for row in flow] == [True, False]
     assert saved["settings"]["heads"] == 2
-    assert "| growth with L | its |" in (tmp_path / "new" / "linear.md").read_text()
+    assert "| growth with L | its |" in (tmp_path / "new" / "linear.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_bench(capsys, tmp_path):
     status, _, err = run(capsys, "bench", *arguments, "--save", str(tmp_path / "new"))
     assert status == 0
     assert "L = 32: softmax, flow" in err
-    saved = json.loads((tmp_path / "new" / "mechanisms.json").read_text())
+    saved = json.loads((tmp_path / "new" / "mechanisms.json").read_text(encoding="utf-8"))
     rows = saved["rows"]
     assert [(r["name"], r["length"]) for r in rows] == [("softmax", 32), ("softmax", 64), ("flow", 32), ("flow", 64)]
     assert rows[0]["train_ratio"] == rows[0]["peak_ratio"] == 1.0
@@ -108,7 +108,7 @@ def test_bench(capsys, tmp_path):
     assert rows[2]["train_ratio"] == pytest.approx(rows[2]["train_ms"] / rows[0]["train_ms"])
     assert saved["machine"]["torch"] == torch.__version__
     assert saved["machine"]["date"]
-    text = (tmp_path / "new" / "mechanisms.md").read_text()
+    text = (tmp_path / "new" / "mechanisms.md").read_text(encoding="utf-8")
     assert text.count("\n| flow | ") == 2
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["mechanisms.json", "mechanisms.md"]
 

@@ -29,7 +29,7 @@ SKIPPED = ["compile", "export", "determinism", "strides", "inputs", "state_dict"
 
 
 def _cases(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text())["cases"]
+    found: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))["cases"]
     return found
 
 

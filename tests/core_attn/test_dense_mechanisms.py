@@ -28,7 +28,7 @@ NAMES = ("relative", "complex_vector", "clipped_softmax", "gated", "temperature"
 
 
 def _cases(name: str) -> dict[str, Any]:
-    cases: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text())["cases"]
+    cases: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))["cases"]
     return cases
 
 

@@ -46,7 +46,7 @@ def test_the_page_does_what_it_says(scratch, monkeypatch, capsys):
             assert program == "core-attn"
             forget_files(monkeypatch)
             if "fails" in note:
-                source = (scratch / "efficient.py").read_text()
+                source = (scratch / "efficient.py").read_text(encoding="utf-8")
                 (scratch / "efficient.py").write_text(
                     source.replace("memory=Growth.LINEAR,", "memory=Growth.LINEAR, padding=True,")
                 )

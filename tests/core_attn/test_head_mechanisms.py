@@ -23,14 +23,18 @@ from core_attn.mechanisms.sparse.stochastic_subsample import sampling
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 NAMES = ("moh", "kdgqa", "gaussian_adaptive")
-CASES = [(name, case) for name in NAMES for case in json.loads((GOLDEN / f"core_{name}.json").read_text())["cases"]]
+CASES = [
+    (name, case)
+    for name in NAMES
+    for case in json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))["cases"]
+]
 MOH = {"proj": "out_proj", "wg": "routed_gate", "wg_0": "group_gate", "wg_1": "shared_gate"}
 KDGQA = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"}
 
 
 def golden_of(name: str, case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     stored = load_file(GOLDEN / f"core_{name}.safetensors")
-    facts = json.loads((GOLDEN / f"core_{name}.json").read_text())["cases"][case]
+    facts = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))["cases"][case]
     return {k.removeprefix(f"{case}/"): v for k, v in stored.items() if k.startswith(f"{case}/")}, facts
 
 

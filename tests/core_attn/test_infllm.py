@@ -18,7 +18,7 @@ from core_attn.mechanisms.sparse.infllm import representative_keys
 from core_attn.testing import check_mechanism
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES: dict[str, dict[str, int]] = json.loads((GOLDEN / "core_infllm.json").read_text())["cases"]
+CASES: dict[str, dict[str, int]] = json.loads((GOLDEN / "core_infllm.json").read_text(encoding="utf-8"))["cases"]
 SMALL: dict[str, Any] = {"block_size": 4, "local": 6, "top": 2, "representatives": 2, "chunk": 4}
 
 

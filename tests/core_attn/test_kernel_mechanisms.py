@@ -26,7 +26,7 @@ SKIPPED = ["compile", "export", "determinism", "strides", "inputs", "state_dict"
 
 
 def _note(name: str) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text())
+    note: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))
     return note
 
 

@@ -16,7 +16,7 @@ from core_attn.testing import check_mechanism
 from core_attn.testing.growth import CountingMode
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES: dict[str, dict[str, int]] = json.loads((GOLDEN / "core_landmark.json").read_text())["cases"]
+CASES: dict[str, dict[str, int]] = json.loads((GOLDEN / "core_landmark.json").read_text(encoding="utf-8"))["cases"]
 
 
 def build(**options: Any) -> Any:

@@ -15,7 +15,7 @@ import core_attn
 from core_attn.testing import check_mechanism
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "core_dina"
-CASES: dict[str, Any] = json.loads(GOLDEN.with_suffix(".json").read_text())["cases"]
+CASES: dict[str, Any] = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))["cases"]
 
 
 def _difference(got: Tensor, right: Tensor) -> float:

@@ -25,7 +25,7 @@ NAMES = ("auto_correlation", "prob_sparse", "flow")
 
 
 def _note(name: str) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text())
+    note: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))
     return note
 
 

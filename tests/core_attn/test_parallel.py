@@ -42,7 +42,7 @@ def seen(request, tmp_path_factory):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * world, "\n".join(said)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
 
 
 def test_ring_and_heads_equal_one_process(seen):

@@ -21,7 +21,7 @@ from core_attn.testing.harness import state_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-5}
-CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "core_rat.json").read_text())["cases"]
+CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "core_rat.json").read_text(encoding="utf-8"))["cases"]
 
 
 def loaded(case: str, dtype: torch.dtype, **options: Any) -> tuple[Rat, dict[str, Tensor]]:

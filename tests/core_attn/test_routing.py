@@ -16,7 +16,7 @@ import core_attn
 from core_attn.testing import check_mechanism
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "core_routing.json").read_text())["cases"]
+CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "core_routing.json").read_text(encoding="utf-8"))["cases"]
 
 
 def build(**options: Any) -> Any:

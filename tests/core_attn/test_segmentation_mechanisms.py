@@ -31,7 +31,7 @@ GATES = {"position": PositionGate, "channel_affinity": ChannelAffinityGate, "pos
 
 def golden_of(name: str, case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     stored = load_file(GOLDEN / f"core_{name}.safetensors")
-    facts = json.loads((GOLDEN / f"core_{name}.json").read_text())["cases"][case]
+    facts = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))["cases"][case]
     return {k.removeprefix(f"{case}/"): v for k, v in stored.items() if k.startswith(f"{case}/")}, facts
 
 

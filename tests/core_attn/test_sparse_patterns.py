@@ -16,7 +16,7 @@ from core_attn.ops.block_sparse.patterns import count_pairs
 from core_attn.ops.block_sparse.reference import expand
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-S2_CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "core_s2.json").read_text())["cases"]
+S2_CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "core_s2.json").read_text(encoding="utf-8"))["cases"]
 
 
 def difference(a: Tensor, b: Tensor) -> float:

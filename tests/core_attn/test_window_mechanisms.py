@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def notes(name: str) -> dict[str, Any]:
-    note: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text())
+    note: dict[str, Any] = json.loads((GOLDEN / f"core_{name}.json").read_text(encoding="utf-8"))
     return note
 
 

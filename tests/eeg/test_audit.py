@@ -34,7 +34,7 @@ def test_the_random_split_is_flagged(capsys: pytest.CaptureFixture[str], tmp_pat
     assert main(["audit", "synthetic", "--data_args.normalize", "array", "--output", output]) == 0
     printed = capsys.readouterr().out
     assert "The random split LEAKS" in printed
-    found = json.loads((tmp_path / "deep" / "a.json").read_text())
+    found = json.loads((tmp_path / "deep" / "a.json").read_text(encoding="utf-8"))
     assert found["leaks"] is True
     assert found["stride_s"] == PAPER_STRIDE
     assert found["chosen"]["accuracy"]["1-nn"]["mean"] > 0.99

@@ -51,7 +51,7 @@ def test_presets_fit_their_model(path: Path, tmp_path: Path, capsys: pytest.Capt
     (own := tmp_path / "own.csv").write_text("file,subject,label\n")
     assert main(["train", "--model", model, "--data", data or str(own), "--print_config"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    for part, values in yaml.safe_load(path.read_text()).items():
+    for part, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         for name, value in values.items():
             assert resolved[part][name] == value
 

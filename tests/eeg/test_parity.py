@@ -36,7 +36,7 @@ class Golden:
 
     def __init__(self, name: str, case: str, mode: str, dtype: torch.dtype) -> None:
         tensors = load_file(GOLDEN / f"eeg_{name}.safetensors")
-        note = json.loads((GOLDEN / f"eeg_{name}.json").read_text())["cases"][case]
+        note = json.loads((GOLDEN / f"eeg_{name}.json").read_text(encoding="utf-8"))["cases"][case]
         self.tensors = {key.split(":", 1)[1]: t for key, t in tensors.items() if key.startswith(f"{case}:")}
         self.name, self.mode = name, mode
         card = MODELS[name]

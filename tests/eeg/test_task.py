@@ -33,7 +33,7 @@ def task_of(*argv: str) -> tuple[EegTask, WindowSet]:
 
 
 def test_a_run_holds_its_table(trained: Path) -> None:
-    results = json.loads((trained / "metrics.json").read_text())
+    results = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
     test = results["splits"]["test"]
     assert test["accuracy"] > 0.6
     assert test["windows"] == 60
@@ -43,7 +43,7 @@ def test_a_run_holds_its_table(trained: Path) -> None:
     assert all(set(test) <= set(row) for row in rows.values())
     assert "no subject on both sides" in results["protocol"]
     assert "WARNING" not in results["protocol"]
-    html = (trained / "report.html").read_text()
+    html = (trained / "report.html").read_text(encoding="utf-8")
     assert "synthetic" in html
     for name in ("subjects", "confusion", "electrodes", "bands"):
         assert (trained / "plots" / f"{name}.png").stat().st_size > 3000
@@ -51,8 +51,8 @@ def test_a_run_holds_its_table(trained: Path) -> None:
 
 def test_eval_gives_the_same_figures(trained: Path, tmp_path: Path) -> None:
     assert main(["eval", str(trained), "--output", str(tmp_path / "e.json"), "--trainer.eval_batch_size", "7"]) == 0
-    expected = json.loads((trained / "metrics.json").read_text())["splits"]["test"]
-    assert json.loads((tmp_path / "e.json").read_text())["metrics"] == pytest.approx(expected, abs=1e-6)
+    expected = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]
+    assert json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["metrics"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_random_split_warns_wherever_its_figures_stand(
@@ -61,9 +61,9 @@ def test_random_split_warns_wherever_its_figures_stand(
     split = ("--data_args.split", "random", "--data_args.stride", "2", "--data_args.normalize", "array")
     run = train("--model", "linear", *split, small=False)
     assert "this split leaks" in capsys.readouterr().err
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert "WARNING, this split leaks" in results["protocol"]
-    assert "WARNING, this split leaks" in (run / "report.html").read_text()
+    assert "WARNING, this split leaks" in (run / "report.html").read_text(encoding="utf-8")
     assert next(row for row in results["baselines"] if row["model"] == "1-nn")["accuracy"] > 0.95
     assert main(["eval", str(run)]) == 0
     assert "WARNING, this split leaks" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_comparison_goes_through_the_folds(tmp_path: Path, capsys: pytest.Captur
     assert "fold 1-2 of 6" in printed
     assert "WARNING, this split leaks" in printed
     (found,) = tmp_path.glob("**/comparison.json")
-    rows = {row["model"]: row["metrics"]["accuracy"] for row in json.loads(found.read_text())["rows"]}
+    rows = {row["model"]: row["metrics"]["accuracy"] for row in json.loads(found.read_text(encoding="utf-8"))["rows"]}
     assert set(rows) == {"linear", "lda", "1-nn", "majority"}
     assert len(rows["linear"]["values"]) == len(rows["lda"]["values"]) == 2
     assert rows["lda"]["sd"] is not None

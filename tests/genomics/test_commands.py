@@ -178,7 +178,7 @@ def test_generate_writes_fasta(saved: Callable[..., Path], tmp_path: Path, capsy
     found = dict(records(one))
     assert list(found) == ["generated_1", "generated_2", "generated_3"]
     assert all(len(codes) == 30 and codes.max() < 4 for codes in found.values())
-    assert one.read_text().splitlines()[0] == ">generated_1 bases=30 temperature=1 top_k=4 seed=5"
+    assert one.read_text(encoding="utf-8").splitlines()[0] == ">generated_1 bases=30 temperature=1 top_k=4 seed=5"
     assert main(["generate", run, "--length", "30", "--count", "2", "--seed", "5", "--output", str(two)]) == 0
     assert dict(records(two))["generated_2"].tolist() == found["generated_2"].tolist()  # whatever is drawn beside it
     prompt = tmp_path / "prompt.fa"
@@ -269,7 +269,7 @@ def test_score_variants_by_saved_models(
         shown = capsys.readouterr()
         assert "scored 5 alternates of 5 records, 1 record skipped" in shown.out
         assert "line 7: position 301 is past the end" in shown.err
-        rows = [line.split("\t") for line in output.read_text().splitlines()[1:]]
+        rows = [line.split("\t") for line in output.read_text(encoding="utf-8").splitlines()[1:]]
         scorer = load_scorer(run, context=None, strand=None, of_class=None)
         here, changed = letters[99 - 31 : 99 + 33], list(letters)
         changed[99] = others[letters[99]][0]
@@ -344,7 +344,7 @@ def test_mutagenesis_writes_a_table_and_a_picture_a_sequence(
     fasta.write_text(">one/x\nACGTACGTNACGGT\n>two\n" + "ACGT" * 20 + "\n")
     assert main(["mutagenesis", run, str(fasta), "--output", str(output)]) == 0
     assert sorted(path.name for path in output.iterdir()) == ["mutagenesis.tsv", "one_x.png", "two.png"]
-    rows = [line.split("\t") for line in (output / "mutagenesis.tsv").read_text().splitlines()]
+    rows = [line.split("\t") for line in (output / "mutagenesis.tsv").read_text(encoding="utf-8").splitlines()]
     assert rows[0] == ["sequence", "position", "chrom", "strand", "ref", "alt", "score"]
     assert len(rows) == 1 + 3 * 13 + 3 * 80
     assert (output / "two.png").read_bytes()[:4] == b"\x89PNG"

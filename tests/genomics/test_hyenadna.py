@@ -24,7 +24,7 @@ from attn_genomics.models.start import load_start
 from attn_shared.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "genomics_hyenadna.safetensors"
-CASES: dict[str, dict[str, Any]] = json.loads(GOLDEN.with_suffix(".json").read_text())["cases"]
+CASES: dict[str, dict[str, Any]] = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))["cases"]
 TENSORS = load_file(GOLDEN)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SPARSE = {"tiny_1k": 75}

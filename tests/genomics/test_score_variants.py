@@ -222,7 +222,9 @@ def test_bad_records_are_told_by_line_and_stay_without_a_score(
         assert mine[0].endswith("; skipped")
     assert len(told) == 13
     assert str(counts).startswith("scored 1 alternate of 1 record, 13 records skipped, 1 record without an alternate")
-    before, after = (path.read_text().splitlines() for path in (files.fasta.with_name("in.vcf"), output))
+    before, after = (
+        path.read_text(encoding="utf-8").splitlines() for path in (files.fasta.with_name("in.vcf"), output)
+    )
     assert [line for line in after if line not in before] == [after[1], after[3]]
     assert after[1].startswith("##INFO=<ID=ATTN_SCORE,Number=A,Type=Float,")
 
@@ -231,7 +233,7 @@ def test_a_table_has_a_row_an_alternate_and_says_why_there_is_no_score(files: Fi
     base = next(base for base in BASES if base != files.genome[49])
     vcf = files.vcf(row(files, 50, 1, f"{base},*"), "1 201 . A G . . . GT 0/1", row(files, 60, 1, "."))
     _, output = scored(files, vcf, "out.tsv")
-    head, *rows = [line.split("\t") for line in output.read_text().splitlines()]
+    head, *rows = [line.split("\t") for line in output.read_text(encoding="utf-8").splitlines()]
     assert head == ["chrom", "pos", "id", "ref", "alt", "score", "reference", "alternate", "note"]
     assert [one[4] for one in rows] == [base, "*", "G"]
     score, reference, alternate = (float(cell) for cell in rows[0][5:8])

@@ -19,7 +19,7 @@ from attn_recsys.models.clicks import ClicksShape, Vocabulary
 from attn_recsys.models.din import DIN
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recsys_din.safetensors"
-NOTE = json.loads(GOLDEN.with_suffix(".json").read_text())
+NOTE = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))
 TENSORS = load_file(GOLDEN)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SHAPE = ClicksShape(

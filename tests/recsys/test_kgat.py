@@ -22,7 +22,7 @@ from attn_shared import checkpoint
 from attn_shared.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recsys_kgat.safetensors"
-NOTE = json.loads(GOLDEN.with_suffix(".json").read_text())["cases"]
+NOTE = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))["cases"]
 TENSORS = load_file(GOLDEN)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 NONE = torch.empty(0, dtype=torch.int64)

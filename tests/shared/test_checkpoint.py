@@ -21,7 +21,7 @@ class Evil:
 
 def reseal(folder: Path) -> None:
     """Make sizes and checksums right again, as someone who means harm would."""
-    card = json.loads((folder / "config.json").read_text())
+    card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in card["files"]:
         data = (folder / name).read_bytes()
         card["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -29,7 +29,7 @@ def reseal(folder: Path) -> None:
 
 
 def edit(folder: Path, **changes) -> None:
-    card = json.loads((folder / "config.json").read_text())
+    card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**card, **changes}))
 
 
@@ -85,7 +85,7 @@ def rename(folder):
 
 def config(**changes):
     def change(folder):
-        card = json.loads((folder / "config.json").read_text())
+        card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         edit(folder, config={**card["config"], **changes})
 
     return change
@@ -142,7 +142,7 @@ def test_what_is_no_checkpoint(toy, alone, capsys):
 
 
 def test_it_describes_itself(alone):
-    card = json.loads((alone / "config.json").read_text())
+    card = json.loads((alone / "config.json").read_text(encoding="utf-8"))
     assert (card["schema"], card["app"], card["step"], card["epoch"]) == (1, "toyapp", 27, 3)
     assert card["config"]["model_args"]["width"] == 16
     assert set(card["data_state"]) == {"mean", "scale"}

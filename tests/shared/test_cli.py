@@ -124,10 +124,10 @@ def test_tuples_may_be_written_with_commas():
 
 
 def test_a_key_of_a_configuration_file_is_checked(toy, capsys):
-    Path("c.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    Path("c.yaml").write_text("trainer:\n  max_epoch: 3\n", encoding="utf-8")
     assert toy.main("train", "--config", "c.yaml") == 2
     assert "c.yaml: unknown key trainer.max_epoch; did you mean trainer.max_epochs" in capsys.readouterr().err
-    Path("c.yaml").write_text("app: other\n")
+    Path("c.yaml").write_text("app: other\n", encoding="utf-8")
     assert toy.main("train", "--config", "c.yaml") == 2
     assert "a configuration of other, not of toyapp" in capsys.readouterr().err
 
@@ -138,7 +138,8 @@ def test_later_layers_win(toy):
     assert (preset.trainer.max_epochs, preset.model_args.width) == (4, 24)
     assert toy.config("--data", "other", "--preset", "none").model_args.width == 16
     Path("c.yaml").write_text(
-        "data: other\nmodel_args:\n  width: 32\nmixer_args: {a: 1, b: 2}\noptim: {betas: [0.5, 0.6]}\n"
+        "data: other\nmodel_args:\n  width: 32\nmixer_args: {a: 1, b: 2}\noptim: {betas: [0.5, 0.6]}\n",
+        encoding="utf-8",
     )
     file = toy.config("--config", "c.yaml")
     assert (file.data, file.trainer.max_epochs, file.model_args.width) == ("other", 4, 32)
@@ -148,7 +149,7 @@ def test_later_layers_win(toy):
 
 
 def test_options_of_one_mechanism_do_not_reach_another(toy):
-    Path("c.yaml").write_text("model: mixing\nmixer: softmax\nmixer_args: {window: 3}\n")
+    Path("c.yaml").write_text("model: mixing\nmixer: softmax\nmixer_args: {window: 3}\n", encoding="utf-8")
     assert toy.config("--config", "c.yaml").mixer_args == {"window": 3}
     assert toy.config("--config", "c.yaml", "--mixer", "flow").mixer_args == {}
 
@@ -159,7 +160,7 @@ def test_print_config_round_trip(toy, capsys):
     argv = ["--data", "other", "--model_args.sizes", "[5]", "--optim.lr", "1e-05", "--mixer_args.x", "2", "--seed", "7"]
     assert toy.main("train", *argv, "--print_config") == 0
     text = capsys.readouterr().out
-    Path("again.yaml").write_text(text)
+    Path("again.yaml").write_text(text, encoding="utf-8")
     assert toy.main("train", "--config", "again.yaml", "--print_config") == 0
     assert capsys.readouterr().out == text
     printed = yaml.safe_load(text)
@@ -175,16 +176,16 @@ def test_eval_and_predict_from_a_checkpoint_alone(toy, toy_run, capsys):
     (toy.folder / "alone" / "trainer.pt").unlink()  # only resuming needs it
     assert toy.main("eval", "alone", "--output", "out/eval.json", "--trainer.eval_batch_size", "7") == 0
     assert "mlp on points, test split" in capsys.readouterr().out
-    found = json.loads(Path("out/eval.json").read_text())
-    told = json.loads((toy_run / "metrics.json").read_text())["splits"]["test"]
+    found = json.loads(Path("out/eval.json").read_text(encoding="utf-8"))
+    told = json.loads((toy_run / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]
     assert found["metrics"] == pytest.approx(told, rel=1e-6)
     assert found["metrics"]["samples"] == 53
 
-    Path("in.csv").write_text("0,0,0,0\n1,1,1,1\n")
+    Path("in.csv").write_text("0,0,0,0\n1,1,1,1\n", encoding="utf-8")
     assert toy.main("predict", "alone", "in.csv", "--output", "pred", "--digits", "3") == 0
-    low, high = map(float, Path("pred/in.txt").read_text().split())
+    low, high = map(float, Path("pred/in.txt").read_text(encoding="utf-8").split())
     assert low < high
-    Path("bad.csv").write_text("a,b\n")
+    Path("bad.csv").write_text("a,b\n", encoding="utf-8")
     assert toy.main("predict", "alone", "bad.csv", "--output", "pred") == 2
     assert toy.main("predict", "alone", "absent.csv", "--output", "pred") == 2
     assert toy.main("predict", "alone", "in.csv", "--output", "pred", "--digit", "3") == 2
@@ -192,9 +193,9 @@ def test_eval_and_predict_from_a_checkpoint_alone(toy, toy_run, capsys):
 
 
 def test_eval_on_a_file_of_the_users_own(toy, toy_run, capsys):
-    Path("mine.csv").write_text("0,0,0,0,5\n1,1,1,1,6\n0,1,0,1,7\n")
+    Path("mine.csv").write_text("0,0,0,0,5\n1,1,1,1,6\n0,1,0,1,7\n", encoding="utf-8")
     assert toy.main("eval", toy_run, "--data", "mine.csv", "--output", "e.json") == 0
-    found = json.loads(Path("e.json").read_text())
+    found = json.loads(Path("e.json").read_text(encoding="utf-8"))
     assert (found["metrics"]["samples"], found["data"]) == (3, "mine.csv")
     assert toy.main("eval", toy_run, "--data", "mine.csvv") == 2
 

@@ -193,7 +193,7 @@ def test_describe_names_licence_and_citation(root: Path) -> None:
 def refuse(path: Path) -> list[str]:
     if path.suffix == ".bad":
         raise UserError(f"{path} is bad")
-    return [] if path.read_text() == "good" else [f"{path} line 1: not good"]
+    return [] if path.read_text(encoding="utf-8") == "good" else [f"{path} line 1: not good"]
 
 
 def test_check(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

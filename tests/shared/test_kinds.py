@@ -171,7 +171,9 @@ def test_train_eval_predict_compare(app: App, toy: Any, capsys: pytest.CaptureFi
     words = ["--data", "other", "--model", "mlp,mixing", "--task_args.loss", "z", "--runs", str(toy.folder / "runs")]
     assert run(app, ["compare", *words]) == 0
     assert "mixing" in capsys.readouterr().out
-    runs = [yaml.read_text() for yaml in toy.folder.glob("runs/**/config.yaml") if "compare" in str(yaml)]
+    runs = [
+        yaml.read_text(encoding="utf-8") for yaml in toy.folder.glob("runs/**/config.yaml") if "compare" in str(yaml)
+    ]
     assert runs
     assert all("loss: z" in text for text in runs)
 

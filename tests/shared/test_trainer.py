@@ -31,8 +31,8 @@ def test_a_run_is_whole(toy, toy_run):
 def test_same_seed_same_result_other_seed_another(toy, toy_run):
     again = toy.train("--data_args.samples", 150)
     other = toy.train("--data_args.samples", 150, "--seed", 1)
-    assert (again / "metrics.csv").read_text() == (toy_run / "metrics.csv").read_text()
-    assert (other / "metrics.csv").read_text() != (toy_run / "metrics.csv").read_text()
+    assert (again / "metrics.csv").read_text(encoding="utf-8") == (toy_run / "metrics.csv").read_text(encoding="utf-8")
+    assert (other / "metrics.csv").read_text(encoding="utf-8") != (toy_run / "metrics.csv").read_text(encoding="utf-8")
 
 
 def test_evaluation_does_not_depend_on_the_batch(toy, toy_run):
@@ -255,7 +255,9 @@ def test_what_is_fitted_after_training_is_in_the_checkpoint_and_in_the_figures(t
     assert best[1].weights["shift"] > 90
     assert best[1].trainer.keys() == best[0].trainer.keys()
     assert all(torch.equal(best[0].weights[name], best[1].weights[name]) for name in best[0].weights if name != "shift")
-    assert (plain.path / "metrics.csv").read_text() == (fitted.path / "metrics.csv").read_text()
+    assert (plain.path / "metrics.csv").read_text(encoding="utf-8") == (fitted.path / "metrics.csv").read_text(
+        encoding="utf-8"
+    )
     figures = fitted.results()["splits"]["test"]
     assert figures["mse"] > plain.results()["splits"]["test"]["mse"] + 5000
     assert trainer.evaluate(toy.app, fitted.path)["metrics"] == pytest.approx(figures)

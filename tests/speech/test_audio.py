@@ -221,7 +221,7 @@ def test_level() -> None:
 
 def test_the_spectrogram_is_torchaudios() -> None:
     tensors = load_file(f"{GOLDEN}.safetensors")
-    for case in json.loads(GOLDEN.with_suffix(".json").read_text())["spectrogram"]["cases"]:
+    for case in json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))["spectrogram"]["cases"]:
         window, hop = map(int, case.split("_"))
         found = spectrogram(tensors["spectrogram/input"], window, hop, own=True)
         assert (found[..., ::3] - tensors[f"spectrogram/{case}"]).abs().max() < 1e-5

@@ -72,7 +72,7 @@ def task_of(*argv: str) -> tuple[SpeechTask, trainer.DataBundle]:
 
 
 def test_a_run_holds_its_table_pictures_and_players(trained: Path) -> None:
-    results = json.loads((trained / "metrics.json").read_text())
+    results = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))
     test = results["splits"]["test"]
     assert test["mixtures"] == 4
     assert {"si_sdri", "sdri", "si_sdr", "sdr", "stoi", "below_0_db"} <= set(test)
@@ -83,7 +83,7 @@ def test_a_run_holds_its_table_pictures_and_players(trained: Path) -> None:
     assert rows["mixture"]["si_sdr"] == pytest.approx(test["si_sdr_mixture"], abs=1e-4)
     assert rows["ideal ratio mask (oracle)"]["si_sdri"] > 6
     assert rows["ideal ratio mask (oracle)"]["oracle"]
-    html = (trained / "report.html").read_text()
+    html = (trained / "report.html").read_text(encoding="utf-8")
     assert ">oracle</span>" in html
     assert "worse than" not in html  # nobody is measured by the oracle, and 0 dB is no share of anything
     assert html.count("<audio") == 15  # three mixtures, their two voices, and what the model made of them
@@ -96,8 +96,8 @@ def test_a_run_holds_its_table_pictures_and_players(trained: Path) -> None:
 def test_eval_gives_the_same_figures_for_any_batch(trained: Path, tmp_path: Path, size: int) -> None:
     """Mixtures of a batch differ in length: the shorter are padded."""
     assert main(["eval", str(trained), "--output", str(tmp_path / "e"), f"--trainer.eval_batch_size={size}"]) == 0
-    expected = json.loads((trained / "metrics.json").read_text())["splits"]["test"]
-    found = json.loads((tmp_path / "e").read_text())["metrics"]
+    expected = json.loads((trained / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]
+    found = json.loads((tmp_path / "e").read_text(encoding="utf-8"))["metrics"]
     assert found == pytest.approx(expected, abs=2e-4)
 
 
@@ -311,8 +311,8 @@ def test_files_are_scored_as_the_model_that_wrote_them(
     assert main(["predict", str(trained), str(mixed / "test" / "mix"), "--output", str(tmp_path / "out")]) == 0
     assert main(["eval", "--estimates", str(tmp_path / "out"), *data, "--output", str(written)]) == 0
     assert "si_sdri" in capsys.readouterr().out
-    found = json.loads(written.read_text())
-    expected = json.loads(own.read_text())["metrics"]
+    found = json.loads(written.read_text(encoding="utf-8"))
+    expected = json.loads(own.read_text(encoding="utf-8"))["metrics"]
     assert {k: v for k, v in found["metrics"].items() if "pesq" not in k} == pytest.approx(
         {k: v for k, v in expected.items() if "pesq" not in k}, abs=2e-2
     )
@@ -332,7 +332,7 @@ def test_estimates_in_folders_of_another_rate_and_order(
     argv = ["--estimates", str(tmp_path), "--data", str(mixed), "--measures", "si_sdr"]
     assert main(["eval", *argv, "--output", str(tmp_path / "e.json")]) == 0
     assert "6 estimates were not exactly as long" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "e.json").read_text())["metrics"]
+    figures = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["metrics"]
     assert figures["si_sdr"] > 20
     assert "sdr" not in figures
     next((tmp_path / "s2").iterdir()).unlink()
@@ -402,6 +402,6 @@ def test_presets_fit_their_model(path: Path, tmp_path: Path, capsys: pytest.Capt
     assert not data or data in APP.datasets
     assert main(["train", "--model", model, "--data", data or str(tmp_path), "--print_config"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    for part, values in yaml.safe_load(path.read_text()).items():
+    for part, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         for name, value in values.items():
             assert resolved[part][name] == value

@@ -31,7 +31,7 @@ def model(causal: bool = False, speakers: int = 2, **options: Any) -> ConvTasNet
 def test_agrees_with_torchaudio(case: str, dtype: torch.dtype) -> None:
     tensors = load_file(GOLDEN / "speech_convtasnet.safetensors")
     tensors = {key.split(":", 1)[1]: t.to(dtype) for key, t in tensors.items() if key.startswith(f"{case}:")}
-    options = json.loads((GOLDEN / "speech_convtasnet.json").read_text())["cases"][case]
+    options = json.loads((GOLDEN / "speech_convtasnet.json").read_text(encoding="utf-8"))["cases"][case]
     speakers, _ = options.pop("speakers"), options.pop("samples")
     ours = ConvTasNet(ConvTasNetConfig(**options), speakers).to(dtype)
 

@@ -19,7 +19,7 @@ from attn_speech.models.convert import from_official
 from attn_speech.models.frames import FramesNorm, depthwise
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-NOTE = json.loads((GOLDEN / "speech_mossformer.json").read_text())["cases"]
+NOTE = json.loads((GOLDEN / "speech_mossformer.json").read_text(encoding="utf-8"))["cases"]
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5}
 SMALL: dict[str, dict[str, Any]] = {
     "mossformer": {"filters": 12, "kernel": 16, "dim": 8, "blocks": 2, "group": 16, "qk_dim": 8},

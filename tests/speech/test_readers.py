@@ -33,7 +33,7 @@ def sound(path: Path, seed: int = 0, seconds: float = 0.4, rate: int = 8000) -> 
 
 def table(path: Path, rows: list[dict[str, str]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -186,7 +186,7 @@ def wrong_tables(folder: Path) -> dict[str, Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -47,7 +47,10 @@ def test_a_room_is_the_sum_of_its_images(reflection: float) -> None:
 
 
 def test_rooms_agree_with_another_library() -> None:
-    tensors, facts = load_file(f"{GOLDEN}.safetensors"), json.loads(GOLDEN.with_suffix(".json").read_text())["room"]
+    tensors, facts = (
+        load_file(f"{GOLDEN}.safetensors"),
+        json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))["room"],
+    )
     for name, reflection in facts["reflection"].items():
         wanted = tensors[f"room/{name}"].numpy()
         found = impulse_response(

@@ -150,7 +150,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--output", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "3 origins 6 steps apart" in told
-    record = json.loads((tmp_path / "out" / "backtest.json").read_text())
+    record = json.loads((tmp_path / "out" / "backtest.json").read_text(encoding="utf-8"))
     assert len(record["origins"]) == 9
     assert record["overall"]["naive"]["windows"] == 3
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -159,7 +159,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forecasts = pd.read_csv(tmp_path / "out" / "forecasts.csv")
     assert len(forecasts) == 3 * 6 * 2
     assert list(forecasts.columns[:6]) == ["origin", "series", "column", "step", "time", "truth"]
-    report = (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert report.count("<figure>") == 3
 
     # By default: every origin of the test part, a horizon apart.

@@ -33,7 +33,7 @@ def test_etth1_96_hours_ahead(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--model", model, "--data", "etth1", "--trainer.threads", "1"]) == 0
     run = Path(capsys.readouterr().out.split()[-1])
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = results["splits"]["test"]
     assert test["windows"] == 2785
     assert test["mse"] <= bound
@@ -47,7 +47,7 @@ def test_sttn_on_pemsd7(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--model", "sttn", "--data", "pemsd7", "--trainer.threads", "1"]) == 0
     run = Path(capsys.readouterr().out.split()[-1])
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = results["splits"]["test"]
     assert test["windows"] == 1340
     rows = {row["model"]: row for row in results["baselines"]}
@@ -65,7 +65,7 @@ def test_ninety_per_cent_intervals_hold_ninety_per_cent(
     words = ["train", "--model", "dlinear", "--data", data, "--trainer.threads", "1"]
     assert main([*words, "--task_args.loss", "quantile", "--task_args.calibrate", "adaptive"]) == 0
     run = Path(capsys.readouterr().out.split()[-1])
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = results["splits"]["test"]
     assert 0.88 <= test["coverage"] <= 0.92
     seasonal = next(row for row in results["baselines"] if row["model"] == "seasonal_naive")

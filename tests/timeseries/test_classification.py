@@ -40,7 +40,7 @@ def ts(path: Path, *, classes: tuple[str, ...] = ("up", "down", "flat"), each: i
         first = slope * np.arange(steps) + 0.3 * draw.normal(size=steps)
         second = draw.normal(size=steps)
         lines.append(":".join([*(",".join(f"{v:.4f}" for v in c) for c in (first, second)), label]))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -52,7 +52,7 @@ def long_csv(path: Path, *, each: int = 8, split: bool = False) -> Path:
             value = (1 if i % 2 else -1) * t + 0.1 * draw.normal()
             part = f",{('train', 'test', 'val', 'train')[i // 2 % 4]}" if split else ""
             rows.append(f"s{i},{t},{value:.3f},{draw.normal():.3f},{'even' if i % 2 == 0 else 'odd'}{part}")
-    path.write_text("\n".join(rows) + "\n")
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 
 
@@ -128,7 +128,9 @@ def test_the_archive_files_are_read_whole():
 
 
 def test_csv_order_classes_and_splits(tmp_path):
-    cases = parse_csv(long_csv(tmp_path / "a.csv", split=True).read_text(), "a.csv", ClassifyDataConfig())
+    cases = parse_csv(
+        long_csv(tmp_path / "a.csv", split=True).read_text(encoding="utf-8"), "a.csv", ClassifyDataConfig()
+    )
     assert cases.channels == ["x", "y"]
     assert cases.classes == ["even", "odd"]
     assert cases.values[1][:, 0].round().tolist() == list(range(10))
@@ -172,7 +174,7 @@ def test_gaps_are_bridged_and_empty_channels_get_the_mean():
 
 
 def test_held_out_takes_of_every_class_and_follows_the_seed(tmp_path):
-    cases = parse_ts(ts(tmp_path / "a.ts", each=10).read_text(), "a.ts")
+    cases = parse_ts(ts(tmp_path / "a.ts", each=10).read_text(encoding="utf-8"), "a.ts")
     rest, part = held_out(cases, 0.2, 5)
     assert part is not None
     assert [part.labels.count(label) for label in cases.classes] == [2, 2, 2]
@@ -321,7 +323,7 @@ def test_train_eval_predict_ts(tmp_path, capsys):
     ts(tmp_path / "toy_TEST.ts", seed=1)
     assert main(["train", "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), *SHORT]) == 0
     run = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = results["splits"]["test"]
     assert results["model"] == "flowformer"
     assert test["accuracy"] >= 0.8
@@ -336,7 +338,7 @@ def test_train_eval_predict_ts(tmp_path, capsys):
     # Another file under the statistics of training is a test set as a whole.
     other = ts(tmp_path / "other.ts", seed=7, each=3)
     assert main(["eval", str(run), "--data", str(other), "--output", str(tmp_path / "e.json")]) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["metrics"]["series"] == 9
+    assert json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))["metrics"]["series"] == 9
     capsys.readouterr()
 
     assert main(["predict", str(run), str(other), "--output", str(tmp_path / "out")]) == 0
@@ -349,7 +351,7 @@ def test_train_eval_predict_ts(tmp_path, capsys):
     (tmp_path / "free.ts").write_text("@classLabel false\n@data\n" + ",".join(["1"] * 40) + ":" + ",".join(["2"] * 40))
     assert main(["predict", str(run), str(tmp_path / "free.ts"), "--output", str(tmp_path / "out")]) == 0
     assert "longer than the" in capsys.readouterr().err
-    assert "true" not in (tmp_path / "out" / "free_classes.csv").read_text().splitlines()[0]
+    assert "true" not in (tmp_path / "out" / "free_classes.csv").read_text(encoding="utf-8").splitlines()[0]
     (tmp_path / "bad.ts").write_text("@classLabel false\n@data\n1,2\n")
     assert main(["predict", str(run), str(tmp_path / "bad.ts"), "--output", str(tmp_path / "none")]) == 2
     assert "has 1 channels and the model was trained on 2" in capsys.readouterr().err
@@ -361,7 +363,7 @@ def test_csv_of_ones_own(tmp_path, capsys):
     argv = ["train", "--model", "transformer", "--data", str(own), "--runs", str(tmp_path / "runs"), *SHORT]
     assert main([*argv, "--task_args.readout", "mean"]) == 0
     run = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert results["mixer"] == "softmax"
     assert results["splits"]["test"]["series"] == 4
     assert main(["predict", str(run), str(own), "--output", str(tmp_path / "out")]) == 0
@@ -401,6 +403,6 @@ def test_japanese_vowels(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--data", "japanese_vowels", "--trainer.threads", "1"]) == 0
     run = Path(capsys.readouterr().out.split()[-1])
-    test = json.loads((run / "metrics.json").read_text())["splits"]["test"]
+    test = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]
     assert test["series"] == 370
     assert test["accuracy"] >= 0.98

@@ -51,7 +51,7 @@ def batch(size: int = 5, shape: ClassifyShape = SHAPE, *, ragged: bool = True) -
 @pytest.mark.parametrize("case", ["padded", "full"])
 def test_official_logits_and_gradients(case, dtype):
     tensors = load_file(GOLDEN / "timeseries_flowformer_classifier.safetensors")
-    note = json.loads((GOLDEN / "timeseries_flowformer_classifier.json").read_text())["cases"][case]
+    note = json.loads((GOLDEN / "timeseries_flowformer_classifier.json").read_text(encoding="utf-8"))["cases"][case]
     own = {key.split(":", 1)[1]: t for key, t in tensors.items() if key.startswith(f"{case}:")}
 
     def part(prefix):

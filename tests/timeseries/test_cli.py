@@ -65,7 +65,7 @@ def test_presets_fit_their_model(path: Path, tmp_path: Path, capsys: pytest.Capt
     argv = ["--data", str(own), "--kind", kind] if kind else ["--data", data or str(own)]
     assert main(["train", "--model", model, *argv, "--print_config"]) == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
-    preset = yaml.safe_load(path.read_text())
+    preset = yaml.safe_load(path.read_text(encoding="utf-8"))
     for part, values in preset.items():
         for name, value in values.items():
             assert resolved[part][name] == value
@@ -80,7 +80,7 @@ def test_train_eval_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     argv = ["train", "--model", "dlinear", "--data", str(tmp_path / "own.csv"), "--runs", str(tmp_path / "runs")]
     assert main([*argv, *sizes, *short]) == 0
     folder = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    results = json.loads((folder / "metrics.json").read_text())
+    results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert results["protocol"].startswith("own.csv, 28 steps to 7, 70% / 10% / 20%")
     assert {row["model"] for row in results["baselines"]} == {"naive", "seasonal_naive", "dlinear (closed form)"}
     assert (folder / "report.html").stat().st_size > 10_000

@@ -305,7 +305,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_has_it_all(run: Path) -> None:
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     figures = results["splits"]["test"]
     assert {"coverage", "coverage_conformal", "coverage_raw", "width", "width_original", "pinball"} <= set(figures)
     assert {"coverage_step_1", "coverage_step_4", f"coverage_step_{PRED}"} <= set(figures)

@@ -42,7 +42,7 @@ class Golden:
 
     def __init__(self, name: str, case: str, mode: str, dtype: torch.dtype) -> None:
         tensors = load_file(GOLDEN / f"timeseries_{name}.safetensors")
-        note = json.loads((GOLDEN / f"timeseries_{name}.json").read_text())["cases"][case]
+        note = json.loads((GOLDEN / f"timeseries_{name}.json").read_text(encoding="utf-8"))["cases"][case]
         self.tensors = {key.split(":", 1)[1]: t for key, t in tensors.items() if key.startswith(f"{case}:")}
         self.name, self.mode, self.dtype = name, mode, dtype
         card = MODELS[name]

@@ -174,12 +174,12 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     target.write_text("old")
 
     def fail(path: Path) -> None:
-        path.write_text("half")
+        path.write_text("half", encoding="utf-8")
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
         write_atomically(target, fail)
-    assert target.read_text() == "old"
+    assert target.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -241,7 +241,7 @@ def test_benchmark_validation_list_and_phenotypes(benchmark: Path) -> None:
     header = "stay,period_length,Acute,Chronic"
     for part in ("train", "test"):
         listing = benchmark / part / "listfile.csv"
-        rows = [row.replace(",", ",48.0,") for row in listing.read_text().splitlines()[1:]]
+        rows = [row.replace(",", ",48.0,") for row in listing.read_text(encoding="utf-8").splitlines()[1:]]
         listing.write_text("\n".join([header, *(f"{row},1" for row in rows)]))
     held = [f"{patient}_episode1_timeseries.csv" for patient in (0, 1, 5)]
     (benchmark / "val_listfile.csv").write_text("\n".join([header, *(f"{name},1,0,0" for name in held)]))
@@ -496,7 +496,7 @@ def test_train_evaluate_predict(benchmark: Path, tmp_path: Path) -> None:
     run = config(benchmark)
     run.runs = str(tmp_path / "runs")
     folder = trainer.train(APP, run)
-    results = json.loads((folder / "metrics.json").read_text())
+    results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert {"auroc", "auprc", "f1", "ece", "auroc_low", "auroc_high"} <= set(results["splits"]["test"])
     assert [row["model"] for row in results["baselines"]] == ["majority", "logistic regression", "gradient boosting"]
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"curves", "calibration", "stay", "gate"}

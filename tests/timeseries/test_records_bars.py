@@ -27,7 +27,7 @@ def auroc(folder: Path, model: str, missingness: str, seed: int) -> float:
         "runs": str(folder),
     }
     run = trainer.train(APP, options.resolve(APP, Parsed(options=list(given.items()))))
-    return float(json.loads((run / "metrics.json").read_text())["splits"]["test"]["auroc"])
+    return float(json.loads((run / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]["auroc"])
 
 
 @pytest.mark.slow

@@ -456,7 +456,7 @@ def test_train_evaluate_and_predict(
     assert main(["train", "--model", "sttn", "--data", str(table), "--trainer.max_epochs", "2",
                  "--trainer.threads", "1", "--optim.lr", "0.003", *sizes, *lengths]) == 0  # fmt: skip
     run = Path(capsys.readouterr().out.split()[-1])
-    results = json.loads((run / "metrics.json").read_text())
+    results = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert results["splits"]["test"]["mae_original"] < 20
     assert {row["model"] for row in results["baselines"]} >= {"naive", "time_of_day"}
     assert (run / "report.html").is_file()

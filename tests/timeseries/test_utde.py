@@ -22,7 +22,7 @@ from attn_timeseries.models.layers import fitting_mixers
 from attn_timeseries.models.utde import UTDE, RecordsShape, TimeAttention
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = json.loads((GOLDEN / "timeseries_utde.json").read_text())["cases"]
+CASES = json.loads((GOLDEN / "timeseries_utde.json").read_text(encoding="utf-8"))["cases"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 INPUTS = ("x", "observed", "time", "regular", "notes", "note_time", "note_mask")
 

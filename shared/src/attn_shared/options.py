@@ -225,7 +225,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is no YAML, or holds no mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -248,7 +248,7 @@ def preset(app: App, model: str, data: str, kind: Kind) -> tuple[str, dict[str, 
     for name in names:
         file = folder.joinpath(name)
         if file.is_file():
-            return name, yaml.safe_load(file.read_text()) or {}
+            return name, yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     return "", {}
 
 

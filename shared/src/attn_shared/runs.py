@@ -132,7 +132,7 @@ class Run:
         """
         file = self.path / CONFIG
         try:
-            loaded = yaml.safe_load(file.read_text())
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
         if not isinstance(loaded, dict):
@@ -153,7 +153,7 @@ class Run:
             self._write_rows(rows)
         # One write of one line: a process killed at any moment leaves whole rows, or one torn last row that
         # `read_metrics` and `trim` drop.
-        with open(file, "a", newline="") as out:
+        with open(file, "a", encoding="utf-8", newline="") as out:
             out.write(_lines([[_cell(row.get(name)) for name in self._columns]]))
 
     def read_metrics(self) -> list[dict[str, float | None]]:
@@ -190,7 +190,7 @@ class Run:
         """
         file = self.path / RESULTS
         try:
-            return json.loads(file.read_text())
+            return json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} has no {RESULTS}: training has not finished; go on with `train --resume {self.path}`"
@@ -230,7 +230,7 @@ def _header(file: Path) -> list[str]:
 def _read(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and whole rows; a last row torn by a kill is left out."""
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return [], []
     text = text[: text.rfind("\n") + 1]

@@ -62,7 +62,7 @@ def test_definition_is_the_sum_it_says() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", ["whole", "rest", "causal", "masked"])
 def test_equals_the_official_code(case: str, dtype: torch.dtype, backend: str) -> None:
-    note = json.loads((GOLDEN / "core_joint.json").read_text())["cases"][case]
+    note = json.loads((GOLDEN / "core_joint.json").read_text(encoding="utf-8"))["cases"][case]
     golden = {
         k.split("/", 1)[1]: t for k, t in load_file(GOLDEN / "core_joint.safetensors").items() if k.startswith(case)
     }

@@ -271,7 +271,7 @@ def test_agrees_with_the_neural_memory_of_titans_pytorch(dtype: torch.dtype, cas
         for name, x in load_file(GOLDEN / "core_titans.safetensors").items()
         if name.startswith(case + ".")
     }
-    chunk = json.loads((GOLDEN / "core_titans.json").read_text())["cases"][case]["chunk"]
+    chunk = json.loads((GOLDEN / "core_titans.json").read_text(encoding="utf-8"))["cases"][case]["chunk"]
     weights = {
         name.removeprefix("weight."): x.requires_grad_() for name, x in golden.items() if name.startswith("weight.")
     }

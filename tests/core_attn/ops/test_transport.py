@@ -16,7 +16,7 @@ from core_attn.ops.transport import implicit
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "core_sinkhorn"
 STORED = load_file(GOLDEN.with_suffix(".safetensors"))
-CASES = json.loads(GOLDEN.with_suffix(".json").read_text())["cases"]
+CASES = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))["cases"]
 TIGHT = {"iterations": 100_000, "tolerance": 1e-14}
 
 

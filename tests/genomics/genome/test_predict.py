@@ -113,7 +113,7 @@ def test_places_and_bedgraph(records: dict[str, str], file: Path, tmp_path: Path
     back = asked(task, decode(reverse_complement(text)[0]))
     assert found["bits_per_base"][0] == pytest.approx(back.mean(), rel=1e-5)
     (target,) = predict.predict_files(task, [file], tmp_path, {"format": "bedgraph", "bin": 20, "block": 50})
-    rows = [line.split("\t") for line in target.read_text().splitlines()[1:]]
+    rows = [line.split("\t") for line in target.read_text(encoding="utf-8").splitlines()[1:]]
     long = asked(task, records["long"])
     for name, start, end, value in rows:
         if name == "long":
@@ -147,7 +147,7 @@ def test_train_and_report(model: str, sides: str, tmp_path: Path) -> None:
         == 0
     )
     (file,) = tmp_path.glob("runs/**/metrics.json")
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     test, rows = found["splits"]["test"], {row["model"]: row["bits per base"] for row in found["baselines"]}
     assert sides in found["protocol"]
     assert rows["equal chances"] == 2

@@ -119,14 +119,14 @@ def test_places(task: SequencesTask, file: Path, records: dict[str, str], tmp_pa
 def test_bed_and_bedgraph(task: SequencesTask, file: Path, tmp_path: Path) -> None:
     table = run(task, file, tmp_path)
     (target,) = predict.predict_files(task, [file], tmp_path, {"format": "bed", "stride": STRIDE})
-    kept = [line.split("\t") for line in target.read_text().splitlines()]
+    kept = [line.split("\t") for line in target.read_text(encoding="utf-8").splitlines()]
     yes = table[table["p_yes"] > 0.5]
     assert [(row[0], int(row[1]), int(row[2])) for row in kept] == list(zip(yes["name"], yes["start"], yes["end"]))
     assert {row[3] for row in kept} <= {"yes"}
     (target,) = predict.predict_files(
         task, [file], tmp_path, {"format": "bedgraph", "stride": STRIDE, "of_class": "no"}
     )
-    head, *lines = target.read_text().splitlines()
+    head, *lines = target.read_text(encoding="utf-8").splitlines()
     assert head.startswith("track type=bedGraph")
     rows = [(name, int(a), int(b), float(value)) for name, a, b, value in (line.split("\t") for line in lines)]
     for one, other in pairwise(rows):

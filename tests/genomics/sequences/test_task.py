@@ -46,7 +46,7 @@ def run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_and_report(run: Path) -> None:
-    found = json.loads((run / "metrics.json").read_text())
+    found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = found["splits"]["test"]
     rows = {row["model"]: row for row in found["baselines"]}
     assert set(rows) == {"commonest class", "drawn", "k-mer counts", "k-mer counts by place"}

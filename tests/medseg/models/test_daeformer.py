@@ -17,7 +17,7 @@ from attn_medseg.models.daeformer import DAEFormer, as_image, from_official
 from attn_shared.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-NOTE = json.loads((GOLDEN / "medseg_daeformer.json").read_text())["cases"]
+NOTE = json.loads((GOLDEN / "medseg_daeformer.json").read_text(encoding="utf-8"))["cases"]
 ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5}
 CHANNELS = {"grey": 1, "colour": 3}
 

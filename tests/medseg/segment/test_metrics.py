@@ -182,5 +182,5 @@ def test_masks_that_do_not_fit() -> None:
 
 
 def test_golden_facts_are_told() -> None:
-    told = json.loads(GOLDEN.with_suffix(".json").read_text())
+    told = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))
     assert "MedPy 0.5.2" in told["oracle"]

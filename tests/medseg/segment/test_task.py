@@ -75,7 +75,7 @@ def predicted(run: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_train_and_report(run: Path) -> None:
-    found = json.loads((run / "metrics.json").read_text())
+    found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = found["splits"]["test"]
     assert test["dice"] > 0.5
     assert test["cases"] == 5
@@ -92,7 +92,7 @@ def test_train_and_report(run: Path) -> None:
 
 
 def test_batches_change_no_figure(run: Path) -> None:
-    kept = json.loads((run / "metrics.json").read_text())["splits"]["test"]
+    kept = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]
     again = trainer.evaluate(APP, run, overrides={"trainer.eval_batch_size": 3})["metrics"]
     assert again == pytest.approx(kept, abs=1e-5, nan_ok=True)
 
@@ -100,11 +100,11 @@ def test_batches_change_no_figure(run: Path) -> None:
 def test_files_are_scored_as_the_model_is(
     run: Path, folder: Path, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = json.loads((run / "metrics.json").read_text())["splits"]["test"]
+    kept = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["splits"]["test"]
     options = ["--task_args.bootstrap", "50", "--output", str(tmp_path / "own.json")]
     cases = ["--cases", str(tmp_path / "cases.csv")]
     assert main(["eval", "--predictions", str(predicted), "--data", str(folder), *options, *cases]) == 0
-    own = json.loads((tmp_path / "own.json").read_text())
+    own = json.loads((tmp_path / "own.json").read_text(encoding="utf-8"))
     assert "p40" not in own["definition"]
     assert {name: own["metrics"][name] for name in kept} == pytest.approx(kept, abs=1e-6)
     lines = list(csv.DictReader((tmp_path / "cases.csv").open()))
@@ -116,13 +116,15 @@ def test_files_are_scored_as_the_model_is(
     # The masks alone, and the run itself, give the same.
     truth = str(folder / "test" / "masks")
     assert main(["eval", "--predictions", str(predicted), "--truth", truth, *options]) == 0
-    assert json.loads((tmp_path / "own.json").read_text())["metrics"]["dice"] == pytest.approx(kept["dice"], abs=1e-6)
+    assert json.loads((tmp_path / "own.json").read_text(encoding="utf-8"))["metrics"]["dice"] == pytest.approx(
+        kept["dice"], abs=1e-6
+    )
     for name, score in (("nnunet", "foreground_mean Dice"), ("synapse", "dice")):
         given = [f"--protocol={name}", "--output", str(tmp_path / f"{name}.json")]
         assert main(["eval", str(run), *given]) == 0
-        one = json.loads((tmp_path / f"{name}.json").read_text())
+        one = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
         assert main(["eval", "--predictions", str(predicted), "--data", str(folder), *given]) == 0
-        other = json.loads((tmp_path / f"{name}.json").read_text())
+        other = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
         assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-9)
         if name == "nnunet":
             assert one["metrics"][score] == pytest.approx(kept["dice"], abs=1e-6)
@@ -190,7 +192,7 @@ def test_pictures_of_any_tool(tmp_path: Path) -> None:
             out = tmp_path / "out.json"
             words = ["--predictions", str(tmp_path / folder), *truth, "--protocol", "isic", "--output", str(out)]
             assert main(["eval", *words]) == 0
-            found = json.loads(out.read_text())["metrics"]
+            found = json.loads(out.read_text(encoding="utf-8"))["metrics"]
             assert (found["threshold_jaccard"], found["images"]) == (1, 4)
 
 

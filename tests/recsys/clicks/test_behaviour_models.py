@@ -23,7 +23,7 @@ def write(path: Path) -> Path:
             lines.append(f"u{user},i{item},k{item % 3},{int(click)},{' '.join(had)}")
             if click:
                 had.append(f"i{item}")
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -36,7 +36,7 @@ def test_behaviour_is_read(model: str, tmp_path: Path) -> None:
     options += ["--optim.lr", "0.01", "--data_args.sequence", "had", "--data_args.split", "user"]
     assert main(["train", "--model", model, "--data", str(data), *options]) == 0
     (metrics,) = (tmp_path / "runs").rglob("metrics.json")
-    assert json.loads(metrics.read_text())["splits"]["test"]["auc"] > 0.85
+    assert json.loads(metrics.read_text(encoding="utf-8"))["splits"]["test"]["auc"] > 0.85
 
 
 def test_without_behaviour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

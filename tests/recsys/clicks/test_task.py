@@ -26,7 +26,7 @@ from attn_shared.task import DataBundle
 
 
 def results(run: Path) -> dict:
-    return json.loads((run / "metrics.json").read_text())
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
 
 
 def test_train_and_report(own: Path) -> None:

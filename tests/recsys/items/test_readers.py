@@ -32,7 +32,7 @@ def pairs(corpus: Corpus) -> list[tuple[str, str]]:
 
 
 def write(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -170,7 +170,9 @@ def test_command(bprmf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["recommend", str(bprmf), *argv]) == 0
     rows = list(csv.DictReader((tmp_path / "o.csv").open()))
     assert [row["user"] for row in rows] == ["user 005"] * 3 + ["user 006"] * 3
-    assert [row["item"] for row in json.loads((tmp_path / "o.json").read_text())] == [row["item"] for row in rows]
+    assert [row["item"] for row in json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))] == [
+        row["item"] for row in rows
+    ]
     assert main(["recommend", str(bprmf), "--history", str(tmp_path / "history.csv"), "--k", "1"]) == 0
     assert "history" in capsys.readouterr().out
 

@@ -20,7 +20,7 @@ from attn_shared.errors import UserError
 
 
 def results(run: Path) -> dict:
-    return json.loads((run / "metrics.json").read_text())
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
 
 
 def test_train_and_report(bprmf: Path) -> None:

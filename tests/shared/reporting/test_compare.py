@@ -83,7 +83,7 @@ PLOT = module._Table.plot
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "comparison.json").read_text())["rows"]
+    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["rows"]
 
 
 MIXERS = ("flow", "auto_correlation")
@@ -137,7 +137,7 @@ def test_grid_table_and_files(
     assert found[0]["cost"] is None
 
     printed = capsys.readouterr().out
-    assert printed.strip() == (folder / "comparison.md").read_text().strip()
+    assert printed.strip() == (folder / "comparison.md").read_text(encoding="utf-8").strip()
     assert "| mix " in printed
     assert "1.050 ± 0.071" in printed
     assert "All 60 test sequences" in printed
@@ -148,7 +148,7 @@ def test_grid_table_and_files(
     assert [r["mse_mean"] for r in table][:2] == ["0.5", "1.0"]
     assert float(table[2]["mse_sd"]) == pytest.approx(0.0707107, abs=1e-6)
     assert table[2]["seeds"] == "2"
-    page = (folder / "comparison.html").read_text()
+    page = (folder / "comparison.html").read_text(encoding="utf-8")
     assert "mix with flow comes first" in page
     assert page.count("<tr class=mark>") == 1
     assert not re.search(r'(src|href)="(?!#|data:)', page)
@@ -208,7 +208,7 @@ def test_one_failure_costs_only_itself(world: Any, stub: Stub, capsys: pytest.Ca
     ]
     assert found[-1]["error"] == "RuntimeError: out of memory: <tried> 5 GiB"
     assert "mix with auto_correlation: RuntimeError: out of memory" in capsys.readouterr().out
-    assert "&lt;tried&gt; 5 GiB" in (folder / "comparison.html").read_text()
+    assert "&lt;tried&gt; 5 GiB" in (folder / "comparison.html").read_text(encoding="utf-8")
     # Failures are not remembered: the next call tries again.
     stub.faults.clear()
     compare(world.app, world.config(), mixers=MIXERS)
@@ -228,7 +228,7 @@ def test_all_failed(world: Any, stub: Stub) -> None:
     stub.faults[(None, 0)] = UserError("there is no data")
     with pytest.raises(UserError, match="no training of the comparison succeeded; the first failed so: there is no"):
         compare(world.app, world.config(), mixers=["flow"], output=world.root / "out")
-    assert "there is no data" in (world.root / "out" / "comparison.md").read_text()
+    assert "there is no data" in (world.root / "out" / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_interrupted_cell_is_gone_on_with(world: Any, stub: Stub) -> None:
@@ -294,9 +294,11 @@ def test_several_models(world: Any, stub: Stub, monkeypatch: pytest.MonkeyPatch)
 def test_text_of_other_people_cannot_break_the_table(world: Any, stub: Stub) -> None:
     stub.published = [{"model": "a|b <i>", "source": "x|y", "mse": 0.1}]
     folder = compare(world.app, world.config(), mixers=["flow"])
-    lines = [line for line in (folder / "comparison.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line for line in (folder / "comparison.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(re.findall(r"\|", lines[0]))}
-    assert "<i>" not in (folder / "comparison.html").read_text()
+    assert "<i>" not in (folder / "comparison.html").read_text(encoding="utf-8")
 
 
 def test_cost_that_cannot_be_measured(world: Any, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,14 +326,14 @@ def test_own_settings_are_kept_and_named(world: Any, stub: Stub) -> None:
         ("mix", 12, 2),
         ("zero", 20, 7),
     ]
-    text = (folder / "comparison.md").read_text()
+    text = (folder / "comparison.md").read_text(encoding="utf-8")
     assert "own settings: mix length 12, 2 epochs at most, batches of 32, 60 CPU-seconds of training; zero" in text
     assert "length 20, 7 epochs at most" in text
     assert "same budget" not in text
     # On equal terms, the second model takes part under the first one's data and budget.
     equal = compare(world.app, mix, mixers=["flow"], models=["mix", "zero"], output=world.root / "equal")
     assert (stub.trained[-1].data_args.length, stub.trained[-1].trainer.max_epochs) == (12, 2)
-    assert "same budget (2 epochs at most, batches of 32)" in (equal / "comparison.md").read_text()
+    assert "same budget (2 epochs at most, batches of 32)" in (equal / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_baselines_gather_their_figures_over_seeds() -> None:

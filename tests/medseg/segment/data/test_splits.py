@@ -109,7 +109,7 @@ def test_files_are_written_and_read(tmp_path: Path, kind: str) -> None:
     options = SegmentDataConfig(split=kind, splits=str(file), fold=1)  # type: ignore[arg-type]
     made, how = split(data, options)
     assert how.endswith("written to splits.json")
-    told = json.loads(file.read_text())
+    told = json.loads(file.read_text(encoding="utf-8"))
     if kind == "kfold":
         assert sorted(one for fold in told["folds"] for one in fold) == sorted({case.patient for case in data.cases})
     else:

@@ -89,7 +89,9 @@ class ToyTask(Task):
     def load_data(cls, config: RunConfig, *, state: Mapping[str, Any] | None = None) -> DataBundle:
         sizes = {"train": config.data_args.samples, "val": 37, "test": 53}
         if config.data.endswith(".csv"):
-            rows = [list(map(float, line.split(","))) for line in Path(config.data).read_text().splitlines()]
+            rows = [
+                list(map(float, line.split(","))) for line in Path(config.data).read_text(encoding="utf-8").splitlines()
+            ]
             table = torch.tensor(rows)
             parts = dict.fromkeys(sizes, (table[:, :4], table[:, 4:5]))
         else:
@@ -157,7 +159,7 @@ class ToyTask(Task):
         written = []
         for file in inputs:
             try:
-                rows = [list(map(float, line.split(","))) for line in file.read_text().splitlines()]
+                rows = [list(map(float, line.split(","))) for line in file.read_text(encoding="utf-8").splitlines()]
             except ValueError as error:
                 raise UserError(f"{file}: {error}") from None
             values = self.net(torch.tensor(rows)[:, :4]) * self.data_state["scale"] + self.data_state["mean"]

@@ -504,7 +504,7 @@ def read_beauty(folder: Path, args: ItemsDataConfig) -> Corpus:
     """Amazon Beauty as S3-Rec prepared it: the order of a line is the order in time; attributes are the graph."""
     pairs = _user_lines(folder / "Beauty.txt")
     frame = pd.DataFrame({"user": pairs[:, 0].astype(str), "item": pairs[:, 1].astype(str)})
-    attributes: dict[str, list[int]] = json.loads((folder / "Beauty_item2attributes.json").read_text())
+    attributes: dict[str, list[int]] = json.loads((folder / "Beauty_item2attributes.json").read_text(encoding="utf-8"))
     head = [item for item, found in attributes.items() for _ in found]
     tail = [f"attribute {number}" for found in attributes.values() for number in found]
     triples = pd.DataFrame({"head": head, "relation": "has attribute", "tail": tail})

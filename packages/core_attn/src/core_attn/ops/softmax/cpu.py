@@ -99,7 +99,7 @@ def unavailable() -> str | None:
 def _cpu_flags() -> frozenset[str]:
     """Instruction sets of this CPU, in Linux's names."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
