@@ -25,7 +25,7 @@ def test_listings_import_nothing_heavy(argv: list[str]) -> None:
         f"import sys; from attn_eeg.cli import main; assert main({argv!r}) == 0; "
         "heavy = {'torch', 'lightning', 'numpy', 'mne', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,20 @@ def test_answers_without_torch(toy):
         (["trian"], 2),
     ]
     code = "".join(QUIET.format(toy=str(from_here), argv=argv) for argv, _ in calls)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=toy.folder)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=toy.folder)
     assert done.returncode == 0, done.stderr
     answers = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
     assert answers == [f"CODE {code} HEAVY []" for _, code in calls]
     assert "share of hidden units left out in training" in done.stdout  # docstrings are the help
+
+
+def test_a_terminal_without_a_character_shows_the_rest(toy):
+    code = QUIET.format(toy=str(Path(__file__).parent / "toy"), argv=["--help"])
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="ascii", cwd=toy.folder, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "CODE 0" in done.stdout
+    assert "/?/<time>" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -378,7 +378,7 @@ def test_listings_import_nothing_heavy() -> None:
         f"import sys; from attn_speech.cli import main; assert not any(main(argv) for argv in {listings!r}); "
         "heavy = {'torch', 'lightning', 'numpy', 'scipy', 'soundfile'} & set(sys.modules); assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "--estimates" in done.stdout
 

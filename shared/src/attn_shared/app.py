@@ -79,6 +79,16 @@ class DataFile:
     url: str | None = None
 
 
+def listed_files(checksums: Path, prefix: str) -> tuple[DataFile, ...]:
+    """The files of a data set in a list with a line "sha256 bytes path" for each file: those whose path begins so."""
+    found = []
+    for line in checksums.read_text(encoding="utf-8").splitlines():
+        sha256, size, path = line.split(" ", 2)
+        if path.startswith(prefix):
+            found.append(DataFile(path=path, sha256=sha256, bytes=int(size)))
+    return tuple(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataCard:
     """A data set: everything a user must know before using it.
@@ -157,6 +167,9 @@ class App:
         check_file: "module:function" (path) -> list of problem sentences, for `data check PATH`; (path, args) where
             it takes the dataclass of the options of the data too, None for the defaults.
         commands: further subcommands: name -> "module:function" taking (argv: list[str]) -> int, with a help line.
+        eval_flags: options with which `eval` is done by the command "score" of `commands`, such as on files that are
+            there already and need no trained model.
+        eval_hint: a line on them below the help of `eval`.
     """
 
     name: str
@@ -176,6 +189,8 @@ class App:
     file_suffixes: tuple[str, ...] = ()
     check_file: str = ""
     commands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    eval_flags: tuple[str, ...] = ()
+    eval_hint: str = ""
     trainer_defaults: Callable[[], TrainerConfig] = TrainerConfig
     optim_defaults: Callable[[], OptimConfig] = OptimConfig
 

@@ -15,6 +15,7 @@ from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import UserError
 from attn_shared.options import Option, Parsed
 from core_attn.naming import UnknownNameError, unknown
+from core_attn.terminal import print_anything
 
 COMMANDS = {
     "train": "train a model, evaluate the best epoch, write a report",
@@ -29,6 +30,7 @@ COMMANDS = {
 def run(app: App, argv: Sequence[str] | None = None) -> int:
     """An app's whole `main`: 0 when all went well, 2 when the user can put something right, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    print_anything()
     # Read by OpenMP when torch is imported. Threads that spin while they wait made a minute's training take ten where
     # cores are shared; sleeping threads cost nothing measurable where they are not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -46,6 +48,8 @@ def run(app: App, argv: Sequence[str] | None = None) -> int:
             print(_overview(app))
             return 0 if words else 2
         name, rest = words[0], words[1:]
+        if name == "eval" and any(word.partition("=")[0] in app.eval_flags for word in rest):
+            name = "score"
         if name in handlers:
             return handlers[name](app, rest)
         if name in app.commands:
@@ -295,6 +299,8 @@ def _eval(app: App, argv: list[str]) -> int:
                 ("trainer.eval_batch_size N", "and every other --trainer and --data_args option of `train`"),
             ]
         )
+        if app.eval_hint:
+            print(f"\n{app.eval_hint}")
         return 0
     parsed = options.split(argv)
     source = _source(parsed, "eval")

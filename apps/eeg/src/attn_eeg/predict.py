@@ -18,6 +18,7 @@ from attn_eeg.data.pipeline import encode
 from attn_eeg.data.readers import SUFFIXES, read_file
 from attn_eeg.data.windows import WindowSet
 from attn_shared.errors import UserError
+from attn_shared.inputs import one_by_one, refuse
 from attn_shared.runs import write_atomically
 
 if TYPE_CHECKING:
@@ -48,22 +49,11 @@ def predict_files(task: EegTask, inputs: Sequence[Path], output: Path, options: 
     for stem in stems:
         if stems.count(stem) > 1:
             raise UserError(f"two inputs are called {stem!r} and would write the same file; rename one")
-    written: list[Path] = []
-    failed: dict[Path, str] = {}
-    for path in paths:
-        try:
-            target = _predict(task, path, args, output, stride, interpolate)
-        except UserError as error:
-            failed[path] = str(error)
-            if len(paths) > 1:
-                print(f"left out: {error}", file=sys.stderr)
-        else:
-            written.append(target)
-    if len(failed) == 1:
-        raise UserError(next(iter(failed.values())) + (f"; the other files were done ({output})" if written else ""))
-    if failed:
-        names = ", ".join(path.name for path in failed)
-        raise UserError(f"{len(failed)} of {len(paths)} files could not be classified, for the reasons above: {names}")
+    written, failed = one_by_one(
+        paths, lambda path: [_predict(task, path, args, output, stride, interpolate)], lambda path: path.name
+    )
+    others = f"the other files were done ({output})" if written else ""
+    refuse(failed, len(paths), what="files", done="classified", others=others)
     return written
 
 

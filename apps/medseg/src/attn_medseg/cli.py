@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from attn_medseg.config import MODELS
 from attn_medseg.segment import cards as segment
 from attn_medseg.segment.evaluate import FLAGS
@@ -52,6 +50,8 @@ APP = App(
             "masks of any tool, published protocols, a table of cases (eval --predictions, --protocol, --cases)",
         ),
     },
+    eval_flags=FLAGS,
+    eval_hint="`medseg score --help`: masks of any tool (--predictions), protocols (--protocol), --cases FILE.csv.",
 )
 
 
@@ -59,14 +59,4 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     from attn_shared.cli import run
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["eval"]:
-        if any(word.partition("=")[0] in FLAGS for word in words):
-            words[0] = "score"
-        elif any(word in ("-h", "--help") for word in words):
-            status = run(APP, words)
-            print(
-                "\n`medseg score --help`: masks of any tool (--predictions), protocols (--protocol), --cases FILE.csv."
-            )
-            return status
-    return run(APP, words)
+    return run(APP, argv)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from attn_shared.app import App
 from attn_shared.config import OptimConfig, TrainerConfig
 from attn_speech.config import MODELS
@@ -44,6 +42,8 @@ APP = App(
     },
     trainer_defaults=_trainer,
     optim_defaults=_optim,
+    eval_flags=("--estimates",),
+    eval_hint="`speech eval --estimates DIR --data NAME_OR_PATH` scores voices that are there as files.",
 )
 
 
@@ -51,13 +51,4 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     from attn_shared.cli import run
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["eval"]:
-        if any(word.partition("=")[0] == "--estimates" for word in words):
-            # Voices that are there already need no trained model.
-            words[0] = "score"
-        elif any(word in ("-h", "--help") for word in words):
-            status = run(APP, words)
-            print("\n`speech eval --estimates DIR --data NAME_OR_PATH` scores voices that are there as files.")
-            return status
-    return run(APP, words)
+    return run(APP, argv)

@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 
 from attn_shared.errors import UserError
+from attn_shared.inputs import one_by_one, refuse
 from attn_speech import audio
 from attn_speech.models.base import Separator
 from attn_speech.separate import separate
@@ -60,21 +61,12 @@ def predict_files(task: SpeechTask, inputs: Sequence[Path], output: Path, option
     for stem in stems:
         if stems.count(stem) > 1:
             raise UserError(f"two inputs are called {stem!r} and would write the same files; rename one")
-    written: list[Path] = []
-    failed: dict[Path, str] = {}
     task.eval()
-    for path in paths:
-        try:
-            written += _predict(task.network, path, task.rate, output, settings)
-        except UserError as error:
-            failed[path] = str(error)
-            if len(paths) > 1:
-                print(f"left out: {error}", file=sys.stderr)
-    if len(failed) == 1:
-        raise UserError(next(iter(failed.values())) + (f"; the other files were done ({output})" if written else ""))
-    if failed:
-        names = ", ".join(path.name for path in failed)
-        raise UserError(f"{len(failed)} of {len(paths)} files could not be separated, for the reasons above: {names}")
+    written, failed = one_by_one(
+        paths, lambda path: _predict(task.network, path, task.rate, output, settings), lambda path: path.name
+    )
+    others = f"the other files were done ({output})" if written else ""
+    refuse(failed, len(paths), what="files", done="separated", others=others)
     return written
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core_attn.naming import nearest
+from core_attn.terminal import print_anything
 
 if TYPE_CHECKING:
     from core_attn.contract import MechanismInfo
@@ -32,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 when a check failed, 2 for a mistake of the user's."""
+    print_anything()
     parser = _parser()
     arguments = sys.argv[1:] if argv is None else argv
     commands: dict[str, Any] = parser.get_default("commands")

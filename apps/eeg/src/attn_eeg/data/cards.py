@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attn_eeg.data.options import EegDataConfig
-from attn_shared.app import DataCard, DataFile
+from attn_shared.app import DataCard, listed_files
 
 __all__ = ["DATASETS", "FILE_FORMATS", "FILE_SUFFIXES", "EegDataConfig"]
 
@@ -18,17 +18,7 @@ FILE_FORMATS = (
 )
 FILE_SUFFIXES = (".csv", ".edf", ".bdf", ".set", ".vhdr", ".fif", ".arff", ".npz", ".mat")
 
-
-def _files(prefix: str) -> tuple[DataFile, ...]:
-    """Files of a data set with their sizes and checksums, from the list beside this module."""
-    found = []
-    for line in Path(__file__).with_name("checksums.txt").read_text(encoding="utf-8").splitlines():
-        sha256, size, path = line.split(" ", 2)
-        if path.startswith(prefix):
-            found.append(DataFile(path=path, sha256=sha256, bytes=int(size)))
-    return tuple(found)
-
-
+_CHECKSUMS = Path(__file__).with_name("checksums.txt")
 _LICENSED = "for holders of a signed licence only; none of it is distributed here"
 
 DATASETS: dict[str, DataCard] = {
@@ -57,7 +47,7 @@ DATASETS: dict[str, DataCard] = {
             split="by subject, 6 folds",
             citation="I. Zyma et al., Electroencephalograms during Mental Arithmetic Task Performance, Data 4(1), 2019",
             subdir="eeg",
-            files=_files("eegmat_128hz/"),
+            files=listed_files(_CHECKSUMS, "eegmat_128hz/"),
             manual="download the EDF files of physionet.org/content/eegmat/1.0.0, resample them to 128 Hz and store "
             "them as $ATTN_DATA/eeg/eegmat_128hz/SubjectNN.npz with arrays rest, task (int16), scale, sfreq and "
             "channels",
@@ -75,7 +65,7 @@ DATASETS: dict[str, DataCard] = {
             split="blocks of time (--data_args.split blocked): there is one subject only",
             citation="O. Roesler, EEG Eye State, UCI Machine Learning Repository, 2013",
             subdir="eeg",
-            files=_files("eye_state/"),
+            files=listed_files(_CHECKSUMS, "eye_state/"),
             manual="download EEG Eye State.arff from archive.ics.uci.edu/dataset/264 and put it at "
             "$ATTN_DATA/eeg/eye_state/EEG Eye State.arff",
             facts={"trap": "neighbouring samples are nearly equal: random splits measure nothing"},

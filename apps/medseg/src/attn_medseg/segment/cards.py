@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attn_shared.app import DataCard, DataFile
+from attn_shared.app import DataCard, listed_files
 
 VOLUMES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm")
 """Suffixes of files with millimetres, of axes x, y, z."""
@@ -22,17 +22,7 @@ FILE_SUFFIXES = (*VOLUMES, *PICTURES, ".json")
 HIPPOCAMPUS, ACDC, PH2 = "hippocampus", "acdc_96.npz", "ph2_128x96.npz"
 """Paths under the folder of the data sets."""
 
-
-def _files(prefix: str) -> tuple[DataFile, ...]:
-    """Files of a data set with their sizes and checksums, from the list beside this module."""
-    found = []
-    for line in Path(__file__).with_name("checksums.txt").read_text(encoding="utf-8").splitlines():
-        sha256, size, path = line.split(" ", 2)
-        if path.startswith(prefix):
-            found.append(DataFile(path=path, sha256=sha256, bytes=int(size)))
-    return tuple(found)
-
-
+_CHECKSUMS = Path(__file__).with_name("checksums.txt")
 _DRAWN = "by patient: 20 % drawn for test, 10 % of the rest for validation; --data_args.split kfold for folds"
 
 DATASETS: dict[str, DataCard] = {
@@ -75,7 +65,7 @@ DATASETS: dict[str, DataCard] = {
             citation="M. Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022; A. L. "
             "Simpson et al., arXiv:1902.09063",
             subdir="medseg",
-            files=_files(HIPPOCAMPUS + "/"),
+            files=listed_files(_CHECKSUMS, HIPPOCAMPUS + "/"),
             manual="take images and labels of data/TrainingSet in github.com/udacity/nd320-c3-3d-imaging-starter to "
             "$ATTN_DATA/medseg/hippocampus",
             facts={
@@ -95,7 +85,7 @@ DATASETS: dict[str, DataCard] = {
             split=_DRAWN,
             citation="O. Bernard et al., IEEE TMI 2018 (ACDC); G. Valvano et al., IEEE TMI 2021 (scribbles)",
             subdir="medseg",
-            files=_files(ACDC),
+            files=listed_files(_CHECKSUMS, ACDC),
             manual="read the slices of data/ACDC in github.com/HiLab-git/WSL4MIS, keep the centre 62 % of each, resize "
             "to 96 x 96 and save image, label, scribble, patient and name to $ATTN_DATA/medseg/acdc_96.npz",
             facts={
@@ -115,7 +105,7 @@ DATASETS: dict[str, DataCard] = {
             split="20 % of the pictures drawn for test, 10 % of the rest for validation; patients are not known",
             citation="T. Mendonca et al., PH2: a dermoscopic image database for research and benchmarking, EMBC 2013",
             subdir="medseg",
-            files=_files(PH2),
+            files=listed_files(_CHECKSUMS, PH2),
             manual="resize the pictures and masks of PH2Dataset in github.com/Furqan3/Melanoma-Detection to 128 x 96 "
             "and save image, mask and name to $ATTN_DATA/medseg/ph2_128x96.npz",
             kind="segment",

@@ -22,6 +22,7 @@ from attn_medseg.segment.corpus import Image
 from attn_medseg.segment.readers.files import is_image, is_picture, read_image, stem, suffix
 from attn_medseg.segment.transforms import prepare
 from attn_shared.errors import UserError
+from attn_shared.inputs import one_by_one, refuse
 from attn_shared.runs import slug
 
 if TYPE_CHECKING:
@@ -59,17 +60,9 @@ def predict_files(task: SegmentTask, inputs: Sequence[Path], output: Path, optio
     chosen = _options(task, options)
     found = _inputs(inputs, int(task.data_state["channels"]))
     _check_names(found, output)
-    written: list[Path] = []
-    failed: dict[str, str] = {}
     rows: list[list[str]] = []
     task.eval()
-    for one in found:
-        try:
-            written += _predict(task, one, output, chosen, rows)
-        except UserError as error:
-            failed[one.name] = str(error)
-            if len(found) > 1:
-                print(f"left out: {error}", file=sys.stderr)
+    written, failed = one_by_one(found, lambda one: _predict(task, one, output, chosen, rows), lambda one: one.name)
     if rows:
         target = output / VOLUMES
         out = io.StringIO()
@@ -78,12 +71,8 @@ def predict_files(task: SegmentTask, inputs: Sequence[Path], output: Path, optio
         writer.writerows(rows)
         _write(lambda part: part.write_text(out.getvalue(), encoding="utf-8"), target)
         written.append(target)
-    if len(failed) == 1:
-        done = f"; the others were done ({output})" if written else ""
-        raise UserError(next(iter(failed.values())) + done)
-    if failed:
-        names = ", ".join(failed)
-        raise UserError(f"{len(failed)} of {len(found)} images could not be segmented, for the reasons above: {names}")
+    others = f"the others were done ({output})" if written else ""
+    refuse(failed, len(found), what="images", done="segmented", others=others)
     return written
 
 

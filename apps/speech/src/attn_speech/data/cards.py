@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attn_shared.app import DataCard, DataFile
+from attn_shared.app import DataCard, listed_files
 
 FILE_FORMATS = (
     "Single voices, of which mixtures are made on the way: a folder for each speaker (perhaps inside of folders train, "
@@ -17,17 +17,7 @@ FILE_FORMATS = (
 )
 FILE_SUFFIXES = (".wav", ".csv", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".rf64")
 
-
-def _files(prefix: str) -> tuple[DataFile, ...]:
-    """Files of a data set with their sizes and checksums, from the list beside this module."""
-    found = []
-    for line in Path(__file__).with_name("checksums.txt").read_text(encoding="utf-8").splitlines():
-        sha256, size, path = line.split(" ", 2)
-        if path.startswith(prefix):
-            found.append(DataFile(path=path, sha256=sha256, bytes=int(size)))
-    return tuple(found)
-
-
+_CHECKSUMS = Path(__file__).with_name("checksums.txt")
 _ROOM = "2 or 3 voices (--data_args.speakers), 8 or 16 kHz (rate), min or max (mode)"
 
 DATASETS: dict[str, DataCard] = {
@@ -55,7 +45,7 @@ DATASETS: dict[str, DataCard] = {
             split="by speaker: 10 to test, a share of the 251 training speakers (val) to validation",
             citation="V. Panayotov et al., LibriSpeech: an ASR corpus based on public domain audio books, ICASSP 2015",
             subdir="speech",
-            files=_files("librispeech_mini_8k/"),
+            files=listed_files(_CHECKSUMS, "librispeech_mini_8k/"),
             manual="take audio_data/librispeech_train-clean-100 and librispeech_test-other of "
             "github.com/resemble-ai/Resemblyzer, resample to 8 kHz FLAC into $ATTN_DATA/speech/librispeech_mini_8k/"
             "train and test, and name them in utterances.csv (file, speaker, sex, split)",
