@@ -108,7 +108,7 @@ def main() -> int:
             command += ["--block", str(options.block), "--threads", str(options.threads)]
             command += ["--train"] if options.train else []
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+                done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=options.limit)
             except subprocess.TimeoutExpired:
                 print(f"# {name} at {length} bases: more than {options.limit:g} s", flush=True)
                 break

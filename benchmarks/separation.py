@@ -129,7 +129,7 @@ def memory(args: argparse.Namespace, rate: int, mixture: np.ndarray, minutes: fl
         audio.write(file, mixture, rate)
         words = ["predict", str(args.run), str(file), "--output", folder, f"--chunk={args.chunk}"]
         words += [f"--overlap={args.overlap}", "--trainer.threads=1", "--trainer.accelerator=cpu"]
-        done = subprocess.run([sys.executable, "-c", _CHILD, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", _CHILD, *words], capture_output=True, encoding="utf-8", check=True)
         said = done.stderr.splitlines()
         factor = next(line for line in said if "real-time" in line).rpartition(" ")[2].rstrip(")")
         peak = next(line for line in said if line.startswith("peak")).split()[1]

@@ -89,7 +89,7 @@ def test_torch_is_pinned_exactly() -> None:
 @pytest.mark.parametrize("app", sorted(APPS))
 def test_make_has_the_targets_of_every_app(app: str) -> None:
     short = app.removeprefix("attn_")
-    listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
     for command in ("train", "eval", "compare"):
         assert f"{command}-{short}" in listing
 

@@ -124,7 +124,7 @@ def command(*arguments):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "core_attn", *arguments],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -32,7 +32,7 @@ def seen(request, tmp_path_factory):
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
         )
         for rank in range(world)
     ]

@@ -376,6 +376,6 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         f"assert main(['{command}', '--help']) == 0\n"
         "assert not {'torch', 'numpy', 'pandas', 'pysam', 'matplotlib'} & set(sys.modules), 'heavy'"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: genomics {command}")

@@ -48,7 +48,7 @@ class Toy:
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=120,
         )
 

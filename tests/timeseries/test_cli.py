@@ -18,7 +18,7 @@ CONFIGS = sorted((Path(sys.modules["attn_timeseries.cli"].__file__ or "").parent
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, *argv], capture_output=True, encoding="utf-8", timeout=120, check=False)
 
 
 def test_help_imports_no_torch() -> None:

@@ -326,7 +326,10 @@ except BackendError as error:
 print("done")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit},
     )
     assert "done" in done.stdout, done.stderr
     assert ("refused" in done.stdout) == (limit == "AVX512_CORE" or "avx512_bf16" not in cpu._cpu_flags())
@@ -391,7 +394,7 @@ def test_a_new_process_finds_it_in_the_cache(folder: Path) -> None:
         "q = torch.randn(1, 1, 64, 8)\n"
         "print(softmax_attention(q, q, q, backend='cpu').shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert "[1, 1, 64, 8]" in done.stdout, done.stderr
 
 
@@ -432,7 +435,7 @@ def explain() -> str:
     done = subprocess.run(
         [sys.executable, "-c", "from core_attn.cli import main; main(['explain', 'softmax', '--length', '4096'])"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -67,7 +67,7 @@ except core_attn.dispatch.BackendError as error:
     sys.exit("the package triton is not installed" not in str(error))
 sys.exit("no error")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
 

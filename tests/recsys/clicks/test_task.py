@@ -177,7 +177,11 @@ def test_export_serves_what_the_model_predicts(own: Path, table: Path, tmp_path:
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps([request, rows]), capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        input=json.dumps([request, rows]),
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     np.testing.assert_allclose(json.loads(done.stdout), pd.read_csv(written)["p_click"], atol=2e-6)
     facts = json.loads(__import__("onnx").load(target).metadata_props[-1].value)

@@ -127,7 +127,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from attn_recsys.cli import main; main(['train', '--help']); main(['recommend', '--help']);"
         "main(['data', 'list']); print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
     assert out.splitlines()[-1] == "[]"
 
 

@@ -129,6 +129,6 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, encoding="utf-8", check=False)
     found = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout + told.stderr)
     return (int(found[1]), int(found[2])) if found else (None, None)

@@ -180,7 +180,7 @@ def _compile(library: Path) -> str | None:
                     *(f"-L{lib}", "-ltorch_cpu", "-lc10"),
                 ],
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
             )
             if done.returncode == 0:
                 made.replace(library)
