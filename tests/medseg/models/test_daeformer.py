@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attn_medseg.config import DAEFormerConfig
 from attn_medseg.models.base import ImageShape
-from attn_medseg.models.daeformer import DAEFormer, as_image, from_official
+from attn_medseg.models.convolutions import as_image
+from attn_medseg.models.daeformer import DAEFormer, from_official
 from attn_shared.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_medseg.config import TransDAEConfig
 from attn_medseg.models.base import ImageShape
-from attn_medseg.models.daeformer import as_image, as_tokens
+from attn_medseg.models.convolutions import as_image, as_tokens
 from attn_medseg.models.transdae import Interaction, LargeKernelAttention, TransDAE
 
 

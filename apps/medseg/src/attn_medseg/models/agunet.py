@@ -17,6 +17,7 @@ logits are compared with the labels of full size, and the losses summed, as Kera
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,12 @@ from attn_medseg.models.base import Criterion, ImageShape, Segmenter
 from attn_medseg.models.convolutions import (
     CONVOLUTIONS,
     Deconvolution,
+    as_image,
+    as_tokens,
     check,
     double,
     dropout,
+    levels,
     normalisation,
     resized,
 )
@@ -88,12 +92,9 @@ class _GatedLevel(nn.Module):
     def __init__(self, config: AGUNetConfig, ndim: int, below: int, channels: int) -> None:
         super().__init__()
         self.up = Deconvolution(ndim, below, channels, 2)
-        self.norm = normalisation(config.norm, ndim, channels, eps=_EPSILON)
-        hidden = max(1, channels // 2)
-        self.gate = AttentionGate(channels, channels, hidden=hidden, axes=ndim, form="concat", norm=False)
-        # The gate's own norms are batch norms with torch's constant.
-        for name, n in (("signal_norm", hidden), ("input_norm", hidden), ("psi_norm", 1)):
-            setattr(self.gate, name, normalisation(config.norm, ndim, n, eps=_EPSILON))
+        norm = partial(normalisation, config.norm, ndim, eps=_EPSILON)
+        self.norm = norm(channels)
+        self.gate = AttentionGate(channels, channels, axes=ndim, form="concat", norm=norm)
         self.block = double(ndim, 2 * channels, channels, norm=config.norm, share=config.dropout, eps=_EPSILON)
 
     def forward(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +136,11 @@ class _Positions(nn.Module):
         self.gamma = None if isinstance(mixer, PositionAttention) else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).mT
+        tokens = as_tokens(x)
         mixed = self.mixer(tokens, grid=tuple(x.shape[2:]) if self.use_grid else None)
         if self.gamma is not None:
             mixed = tokens + self.gamma * mixed
-        found: Tensor = mixed.mT.unflatten(2, x.shape[2:])
-        return found
+        return as_image(mixed, x.shape[2:])
 
 
 class _DualAttention(nn.Module):
@@ -178,6 +178,7 @@ class _Supervised(Segmenter):
     """What both networks have: the encoder, a head at each level of the decoder, their losses."""
 
     levels: nn.ModuleList
+    least = 2  # norms need more than one voxel
 
     def __init__(self, config: AGUNetConfig, shape: ImageShape, *, mixer: str | None, mixer_args: Any) -> None:
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
@@ -194,14 +195,14 @@ class _Supervised(Segmenter):
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """The logits of every supervised level on the image's own grid, from coarse to fine: each (B, K, *S)."""
-        padded, inside = pad(x, self.multiple, least=2)
+        padded, inside = pad(x, self.multiple, self.least)
         found = self.decode(self.encoder(padded))
         grid = tuple(padded.shape[2:])
         return [crop(resized(head(one), grid), inside) for head, one in zip(self.heads, found[-len(self.heads) :])]
 
-    def forward(self, x: Tensor) -> Tensor:
-        padded, inside = pad(x, self.multiple, least=2)
-        return crop(self.heads[-1](self.decode(self.encoder(padded))[-1]), inside)
+    def logits(self, x: Tensor) -> Tensor:
+        found: Tensor = self.heads[-1](self.decode(self.encoder(x))[-1])
+        return found
 
     def loss(self, batch: Mapping[str, Tensor], criterion: Criterion) -> Tensor:
         return torch.stack([criterion(one, batch["label"]) for one in self.outputs(batch["image"])]).sum()
@@ -229,8 +230,9 @@ class AGUNet(_Supervised):
         mixer_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
-        levels = list(zip(config.channels[:0:-1], config.channels[-2::-1]))
-        self.levels = nn.ModuleList(_GatedLevel(config, shape.ndim, below, own) for below, own in levels)
+        self.levels = nn.ModuleList(
+            _GatedLevel(config, shape.ndim, below, own) for below, own in levels(config.channels)
+        )
 
     def decode(self, features: list[Tensor]) -> list[Tensor]:
         return [found for found, _ in self._decoded(features)]
@@ -242,13 +244,10 @@ class AGUNet(_Supervised):
             found.append((x, amounts))
         return found
 
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
         """How much of the skip connection each gate lets through, from coarse to fine."""
-        padded, inside = pad(x, self.multiple, least=2)
-        grid = tuple(padded.shape[2:])
-        found = [resized(amounts[:, None], grid) for _, amounts in self._decoded(self.encoder(padded))]
-        last = len(found)
-        return {f"gate of level {last - i}": crop(one, inside)[:, 0] for i, one in enumerate(found)}
+        found = self._decoded(self.encoder(x))
+        return {f"gate of level {len(found) - i}": amounts for i, (_, amounts) in enumerate(found)}
 
 
 class DAUNet(_Supervised):
@@ -283,9 +282,9 @@ class DAUNet(_Supervised):
         options: dict[str, Any] = {"bias": False} if own == "position" else {"heads": config.heads}
         built = build(own, dim=config.channels[-1], **{**options, **(mixer_args or {})})
         self.bottom = _DualAttention(config, shape.ndim, built)
-        levels = list(zip(config.channels[:0:-1], config.channels[-2::-1]))
         self.levels = nn.ModuleList(
-            _GuidedLevel(config, shape.ndim, below, own, 2**i) for i, (below, own) in enumerate(levels, 1)
+            _GuidedLevel(config, shape.ndim, below, own, 2**i)
+            for i, (below, own) in enumerate(levels(config.channels), 1)
         )
 
     def decode(self, features: list[Tensor]) -> list[Tensor]:
@@ -296,21 +295,18 @@ class DAUNet(_Supervised):
             found.append(x)
         return found
 
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
         """How much each voxel of the coarsest level is read by all, 1 where it is read evenly."""
-        padded, inside = pad(x, self.multiple, least=2)
         mixer = self.bottom.position.mixer
         if not mixer.info.maps:
             return {}
-        coarse = self.encoder(padded)[-1]
+        coarse = self.encoder(x)[-1]
         with maps.capture(self.bottom.position) as taken:
             self.bottom.position(coarse)
         weights = next(iter(taken.values()))
         if weights.shape[-1] != coarse[0, 0].numel():
             return {}
-        read = weights.sum(dim=-2).mean(dim=1)
-        amounts = resized(read.unflatten(1, coarse.shape[2:])[:, None], tuple(padded.shape[2:]))
-        return {"read by all": crop(amounts, inside)[:, 0]}
+        return {"read by all": weights.sum(dim=-2).mean(dim=1).unflatten(1, coarse.shape[2:])}
 
 
 # --- weights of the official code -------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from attn_medseg.config import AttentionUNetConfig
 from attn_medseg.models.base import ImageShape, Segmenter
-from attn_medseg.models.convolutions import check, resized
-from attn_medseg.models.pad import crop, pad
+from attn_medseg.models.convolutions import check
 from core_attn.mechanisms.channel.attention_gate import AttentionGate
 
 
@@ -41,6 +40,7 @@ class AttentionUNet(Segmenter):
     """
 
     config: AttentionUNetConfig
+    least = 2  # norms need more than one voxel
 
     def __init__(
         self,
@@ -70,13 +70,12 @@ class AttentionUNet(Segmenter):
         for layer, channels in zip(layers, config.channels):
             layer.attention = cast(Any, _Gate(channels, shape.ndim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        padded, inside = pad(x, self.multiple, least=2)
-        return crop(self.network(padded), inside)
+    def logits(self, x: Tensor) -> Tensor:
+        found: Tensor = self.network(x)
+        return found
 
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
         """How much of the skip connection each gate lets through, from coarse to fine."""
-        padded, inside = pad(x, self.multiple, least=2)
         taken: list[Tensor] = []
         hooks = [
             part.psi_norm.register_forward_hook(lambda _, __, out: taken.append(torch.sigmoid(out)))
@@ -84,9 +83,8 @@ class AttentionUNet(Segmenter):
             if isinstance(part, AttentionGate)
         ]
         try:
-            self.network(padded)
+            self.network(x)
         finally:
             for hook in hooks:
                 hook.remove()
-        last, grid = len(taken), tuple(padded.shape[2:])
-        return {f"gate of level {last - i}": crop(resized(one, grid), inside)[:, 0] for i, one in enumerate(taken)}
+        return {f"gate of level {len(taken) - i}": one[:, 0] for i, one in enumerate(taken)}

@@ -12,6 +12,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from attn_medseg.models.convolutions import resized
+from attn_medseg.models.pad import crop, pad
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(B, K, *S) logits and (B, *S) labels, IGNORE where nobody drew -> a scalar; resizes logits of a coarser grid."""
 
@@ -61,10 +64,14 @@ class Segmenter(nn.Module):
     Attributes:
         ndims: numbers of axes that the model can have.
         wants_masks: training batches hold "masks": full masks of other training images, for an adversary.
+        multiple: `logits` takes sizes that are multiples of it; images are padded to them.
+        least: of how many multiples at least.
     """
 
     ndims: ClassVar[tuple[int, ...]] = (2, 3)
     wants_masks: ClassVar[bool] = False
+    least: ClassVar[int] = 1
+    multiple: int = 1
 
     def __init__(
         self, config: Any, shape: ImageShape, *, mixer: str | None = None, mixer_args: Mapping[str, Any] | None = None
@@ -77,6 +84,11 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *S) -> (B, K, *S), any S of at least 1."""
+        padded, inside = pad(x, self.multiple, self.least)
+        return crop(self.logits(padded), inside)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, K, *S), every size a multiple of `multiple`."""
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, Tensor], criterion: Criterion) -> Tensor:
@@ -95,6 +107,13 @@ class Segmenter(nn.Module):
             x: (B, C, *S).
 
         Returns:
-            Name of a map -> (B, *s) of amounts from 0 on, on a grid as fine as S or coarser.
+            Name of a map -> (B, *S) of amounts from 0 on.
         """
+        padded, inside = pad(x, self.multiple, self.least)
+        grid = tuple(padded.shape[2:])
+        found = {name: resized(amounts[:, None], grid) for name, amounts in self.maps(padded).items()}
+        return {name: crop(amounts, inside)[:, 0] for name, amounts in found.items()}
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """`attention` of images whose sizes are multiples of `multiple`: (B, *s), on a grid as fine or coarser."""
         return {}

@@ -1,6 +1,8 @@
-"""Convolutional parts that several of the U-Nets share, in two and three axes."""
+"""Parts that several of the U-Nets share, in two and three axes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,13 +27,27 @@ def check(channels: tuple[int, ...], norm: str, **dropouts: float) -> None:
     Raises:
         ValueError: which option, and what it may be.
     """
-    if len(channels) < 2 or min(channels) < 1:
-        raise ValueError(f"channels needs two levels or more of at least 1, got {list(channels)}")
+    check_levels(channels)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; it may be {' or '.join(NORMS)}")
     for name, value in dropouts.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be 0 or more and below 1, got {value}")
+
+
+def check_levels(channels: Sequence[int]) -> None:
+    """Refuse fewer than two levels.
+
+    Raises:
+        ValueError: saying what was given.
+    """
+    if len(channels) < 2 or min(channels) < 1:
+        raise ValueError(f"channels needs two levels or more of at least 1, got {list(channels)}")
+
+
+def levels(channels: Sequence[int]) -> list[tuple[int, int]]:
+    """The decoder's levels from coarse to fine: channels that come from below, and the level's own."""
+    return list(zip(channels[:0:-1], channels[-2::-1]))
 
 
 def normalisation(norm: str, ndim: int, channels: int, *, eps: float = 1e-5) -> nn.Module:
@@ -81,6 +97,16 @@ class Deconvolution(nn.Module):
         return fine
 
 
-def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(B, C, *S') -> (B, C, *size), linearly."""
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode=_MODES[x.dim()])
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, *S') -> (B, C, *size), linearly, centres on centres."""
+    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size=tuple(size), mode=_MODES[x.dim()])
+
+
+def as_image(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, L, C) -> (B, C, *grid), the same memory."""
+    return tokens.unflatten(1, tuple(grid)).movedim(-1, 1)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, C, *grid) -> (B, L, C)."""
+    return x.movedim(1, -1).flatten(1, -2)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attn_medseg.config import DAEFormerConfig
 from attn_medseg.models.base import ImageShape, Segmenter
-from attn_medseg.models.pad import crop, pad
+from attn_medseg.models.convolutions import CONVOLUTIONS, as_image, as_tokens, check_levels
 from attn_shared.errors import UserError
 from core_attn import ops
 from core_attn.api import build
@@ -72,14 +72,6 @@ class HierarchicalSegmenter(Segmenter):
         mixer = build(self.mixer, dim=dim, **{"heads": heads, **self.mixer_args})
         return Block(self.shape.ndim, mixer, heads=self.config.heads, expansion=self.config.expansion)
 
-    def forward(self, x: Tensor) -> Tensor:
-        padded, inside = pad(x, self.multiple)
-        return crop(self.logits(padded), inside)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, C, *S) -> (B, K, *S), S of whole cells."""
-        raise NotImplementedError
-
     def encode(self, x: Tensor) -> list[tuple[Tensor, Grid]]:
         """(B, C, *S) -> the tokens of each stage and their grid, from fine to coarse."""
         found = []
@@ -89,7 +81,7 @@ class HierarchicalSegmenter(Segmenter):
             x = as_image(tokens, grid)
         return found
 
-    def attention(self, x: Tensor) -> dict[str, Tensor]:
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
         """How much a cell is read by all cells together, in the last block of the coarsest stage.
 
         Of efficient attention; of other mixers nothing.
@@ -99,17 +91,15 @@ class HierarchicalSegmenter(Segmenter):
             return {}
         seen: list[Tensor] = []
         handle = mixer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        padded, inside = pad(x, self.multiple)
         try:
-            grid = self.encode(padded)[-1][1]
+            grid = self.encode(x)[-1][1]
         finally:
             handle.remove()
         heads = mixer.heads
         q = mixer.q_proj(seen[0]).unflatten(-1, (heads, -1)).softmax(dim=-1).mean(dim=1)  # (B, H, D)
         k = mixer.k_proj(seen[0]).softmax(dim=1).unflatten(-1, (heads, -1))  # (B, L, H, D)
         read = torch.einsum("bhd,blhd->bl", q, k) / heads
-        fine = resized(read.unflatten(1, grid)[:, None], padded.shape[2:])
-        return {"efficient attention": crop(fine, inside)[:, 0]}
+        return {"efficient attention": read.unflatten(1, grid)}
 
 
 class DAEFormer(HierarchicalSegmenter):
@@ -192,7 +182,7 @@ class Embedding(nn.Module):
 
     def __init__(self, ndim: int, channels: int, dim: int, *, stride: int) -> None:
         super().__init__()
-        self.conv = convolution(ndim)(channels, dim, 2 * stride - 1, stride=stride, padding=stride - 1)
+        self.conv = CONVOLUTIONS[ndim](channels, dim, 2 * stride - 1, stride=stride, padding=stride - 1)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
@@ -232,7 +222,7 @@ class FeedForward(nn.Module):
     def __init__(self, ndim: int, dim: int, hidden: int) -> None:
         super().__init__()
         self.enter = nn.Linear(dim, hidden)
-        self.conv = convolution(ndim)(hidden, hidden, 3, padding=1, groups=hidden)
+        self.conv = CONVOLUTIONS[ndim](hidden, hidden, 3, padding=1, groups=hidden)
         self.norm = nn.LayerNorm(hidden)
         self.leave = nn.Linear(hidden, dim)
 
@@ -307,23 +297,6 @@ class Level(nn.Module):
         return finer
 
 
-def as_image(tokens: Tensor, grid: Grid) -> Tensor:
-    """(B, L, C) -> (B, C, *grid), the same memory."""
-    return tokens.unflatten(1, grid).movedim(-1, 1)
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """(B, C, *grid) -> (B, L, C)."""
-    return x.movedim(1, -1).flatten(1, -2)
-
-
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, *s) -> (B, C, *size), linearly, centres on centres."""
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="trilinear" if len(size) == 3 else "bilinear", align_corners=False)
-
-
 def start(*parts: nn.Module) -> None:
     """Weights of a decoder as the official code draws them: linear layers Xavier-uniform with biases 0.
 
@@ -342,16 +315,11 @@ def finer(config: DAEFormerConfig, level: int, dim: int) -> dict[str, int]:
     return {"factor": 2, "out": dim // 2} if level else {"factor": config.patch, "out": dim}
 
 
-def convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
-    return nn.Conv2d if ndim == 2 else nn.Conv3d
-
-
 def _check(config: DAEFormerConfig) -> None:
     for name in ("patch", "blocks", "heads", "expansion"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if len(config.channels) < 2 or min(config.channels) < 1:
-        raise ValueError(f"channels needs two levels or more of at least 1, got {list(config.channels)}")
+    check_levels(config.channels)
     for channels in config.channels:
         if channels % config.heads or channels % 2:
             raise ValueError(f"each of channels must be even and a multiple of heads = {config.heads}, got {channels}")

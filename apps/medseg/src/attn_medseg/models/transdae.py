@@ -16,18 +16,8 @@ from torch import Tensor, nn
 
 from attn_medseg.config import TransDAEConfig
 from attn_medseg.models.base import ImageShape
-from attn_medseg.models.daeformer import (
-    Block,
-    Expand,
-    Grid,
-    HierarchicalSegmenter,
-    as_image,
-    as_tokens,
-    convolution,
-    finer,
-    resized,
-    start,
-)
+from attn_medseg.models.convolutions import CONVOLUTIONS, as_image, as_tokens, resized
+from attn_medseg.models.daeformer import Block, Expand, Grid, HierarchicalSegmenter, finer, start
 
 
 class TransDAE(HierarchicalSegmenter):
@@ -151,7 +141,7 @@ class LargeKernelAttention(nn.Module):
         if not 1 <= dilation < kernel:
             raise ValueError(f"kernel must be larger than dilation, and dilation at least 1, got {kernel}, {dilation}")
         taps = -(-kernel // dilation) | 1
-        conv = convolution(ndim)
+        conv = CONVOLUTIONS[ndim]
         self.near = conv(dim, dim, 2 * dilation - 1, padding=dilation - 1, groups=dim)
         self.far = conv(dim, dim, taps, padding=taps // 2 * dilation, dilation=dilation, groups=dim)
         self.mix = conv(dim, dim, 1)

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from attn_medseg.config import UNetConfig
 from attn_medseg.models.base import ImageShape, Segmenter
-from attn_medseg.models.pad import crop, pad
+from attn_medseg.models.convolutions import check_levels
 
 _GROUPS = 8
 
 
 class UNet(Segmenter):
     """A convolutional encoder and decoder with skips. Sizes that the levels cannot halve are padded."""
+
+    # Two voxels along an axis at the coarsest level: norms need more than one.
+    least = 2
 
     def __init__(
         self,
@@ -31,8 +34,7 @@ class UNet(Segmenter):
         mixer_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(config, shape, mixer=mixer, mixer_args=mixer_args)
-        if len(config.channels) < 2 or min(config.channels) < 1:
-            raise ValueError(f"channels needs two levels or more of at least 1, got {list(config.channels)}")
+        check_levels(config.channels)
         if config.residual_units < 0:
             raise ValueError(f"residual_units must be 0 or more, got {config.residual_units}")
         if not 0 <= config.dropout < 1:
@@ -52,10 +54,9 @@ class UNet(Segmenter):
             dropout=config.dropout,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Two voxels along an axis at the coarsest level: norms need more than one.
-        padded, inside = pad(x, self.multiple, least=2)
-        return crop(self.network(padded), inside)
+    def logits(self, x: Tensor) -> Tensor:
+        found: Tensor = self.network(x)
+        return found
 
 
 def _norm(config: UNetConfig, classes: int) -> tuple[str, dict[str, Any]]:

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from attn_medseg.config import WAUConfig
 from attn_medseg.models.base import ImageShape, Segmenter
-from attn_medseg.models.convolutions import CONVOLUTIONS, TRANSPOSED, check, double, resized
-from attn_medseg.models.pad import crop, pad
+from attn_medseg.models.convolutions import CONVOLUTIONS, TRANSPOSED, check, double, levels, resized
 from core_attn.mechanisms.local.window_cross import WindowCrossAttention
 
 UPSAMPLERS = ("wau", "bilinear", "deconv")
@@ -87,6 +86,7 @@ class WAUNet(Segmenter):
     """
 
     config: WAUConfig
+    least = 2  # norms need more than one pixel
 
     def __init__(
         self,
@@ -108,20 +108,20 @@ class WAUNet(Segmenter):
         given = (shape.channels, *config.channels[:-1])
         self.encoder = nn.ModuleList(double(ndim, below, own, **options) for below, own in zip(given, config.channels))
         self.pool = F.max_pool2d if ndim == 2 else F.max_pool3d
-        levels = list(zip(config.channels[:0:-1], config.channels[-2::-1]))
-        self.ups = nn.ModuleList(_upsampler(config, ndim, below, own, i) for i, (below, own) in enumerate(levels))
-        self.decoder = nn.ModuleList(double(ndim, 2 * own, own, **options) for _, own in levels)
+        steps = levels(config.channels)
+        self.ups = nn.ModuleList(_upsampler(config, ndim, below, own, i) for i, (below, own) in enumerate(steps))
+        self.decoder = nn.ModuleList(double(ndim, 2 * own, own, **options) for _, own in steps)
         self.head = CONVOLUTIONS[ndim](config.channels[0], shape.classes, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, inside = pad(x, self.multiple, least=2)
+    def logits(self, x: Tensor) -> Tensor:
         skips: list[Tensor] = []
         for i, block in enumerate(self.encoder):
             x = block(self.pool(x, 2) if i else x)
             skips.append(x)
         for up, block, skip in zip(self.ups, self.decoder, reversed(skips[:-1])):
             x = block(torch.cat([skip, up(x, skip)], dim=1))
-        return crop(self.head(x), inside)
+        found: Tensor = self.head(x)
+        return found
 
 
 def _upsampler(config: WAUConfig, ndim: int, channels: int, skip_channels: int, level: int) -> nn.Module:

@@ -7,6 +7,8 @@ joined. Two maps go in, so a gate is no `FeatureGate`, which takes one, and not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +33,7 @@ class AttentionGate(nn.Module):
         hidden: channels of W_g g and of W_x x; half of `channels` where None.
         axes: 2 for images, 3 for volumes.
         form: "sum" (Attention U-Net, MONAI) or "concat" (S227).
-        norm: whether there are the batch norms.
+        norm: whether there are the batch norms, or what makes another norm of a number of channels.
 
     Raises:
         ValueError: an option out of its range.
@@ -46,7 +48,7 @@ class AttentionGate(nn.Module):
         hidden: int | None = None,
         axes: int = 2,
         form: str = "sum",
-        norm: bool = True,
+        norm: bool | Callable[[int], nn.Module] = True,
     ) -> None:
         super().__init__()
         hidden = max(1, channels // 2) if hidden is None else hidden
@@ -64,9 +66,9 @@ class AttentionGate(nn.Module):
         self.signal = convolution(signal_channels, hidden, 1)
         self.input = convolution(channels, hidden, 1)
         self.psi = convolution(hidden if form == "sum" else 2 * hidden, 1, 1)
-        self.signal_norm, self.input_norm, self.psi_norm = (
-            _NORMS[axes](n) if norm else nn.Identity() for n in (hidden, hidden, 1)
-        )
+        if isinstance(norm, bool):
+            norm = _NORMS[axes] if norm else nn.Identity
+        self.signal_norm, self.input_norm, self.psi_norm = (norm(n) for n in (hidden, hidden, 1))
 
     def gate(self, x: Tensor, signal: Tensor) -> Tensor:
         """The gates (B, 1, *spatial of x), between 0 and 1; arguments as `forward`."""
