@@ -125,7 +125,7 @@ class _GuidedLevel(nn.Module):
         return found
 
 
-class _Positions(nn.Module):
+class Positions(nn.Module):
     """A token mixer over the voxels of the coarsest level; one without a residual of its own gets that of position
     attention, with a weight that is learned from 0."""
 
@@ -160,7 +160,7 @@ class _DualAttention(nn.Module):
                 convolution(channels, channels, 3, padding=1),
             )
 
-        self.position = _Positions(mixer, ndim)
+        self.position = Positions(mixer, ndim)
         self.after_position = after()
         self.channel = ChannelAffinityGate(channels, form=config.channel_form)
         self.after_channel = after()

@@ -44,6 +44,7 @@ class HierarchicalSegmenter(Segmenter):
     """
 
     config: DAEFormerConfig
+    head: nn.Linear
 
     def __init__(
         self,
@@ -72,6 +73,10 @@ class HierarchicalSegmenter(Segmenter):
         mixer = build(self.mixer, dim=dim, **{"heads": heads, **self.mixer_args})
         return Block(self.shape.ndim, mixer, heads=self.config.heads, expansion=self.config.expansion)
 
+    def logits(self, x: Tensor) -> Tensor:
+        tokens, grid = self.decode(self.encode(x))
+        return as_image(self.head(tokens), grid)
+
     def encode(self, x: Tensor) -> list[tuple[Tensor, Grid]]:
         """(B, C, *S) -> the tokens of each stage and their grid, from fine to coarse."""
         found = []
@@ -80,6 +85,10 @@ class HierarchicalSegmenter(Segmenter):
             found.append((tokens, grid))
             x = as_image(tokens, grid)
         return found
+
+    def decode(self, encoded: Sequence[tuple[Tensor, Grid]]) -> tuple[Tensor, Grid]:
+        """What `encode` gives -> (B, L, C) of the image's own pixels or voxels, and their grid."""
+        raise NotImplementedError
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         """How much a cell is read by all cells together, in the last block of the coarsest stage.
@@ -150,14 +159,11 @@ class DAEFormer(HierarchicalSegmenter):
         self.head = nn.Linear(widths[0], shape.classes)
         start(self.expand, self.levels, self.head)
 
-    def logits(self, x: Tensor) -> Tensor:
-        encoded = self.encode(x)
-        tokens, grid = encoded.pop()
-        tokens, grid = self.expand(tokens, grid)
-        for level in self.levels:
-            skip, _ = encoded.pop()
+    def decode(self, encoded: Sequence[tuple[Tensor, Grid]]) -> tuple[Tensor, Grid]:
+        tokens, grid = self.expand(*encoded[-1])
+        for level, (skip, _) in zip(self.levels, reversed(encoded[:-1])):
             tokens, grid = level(tokens, skip, grid)
-        return as_image(self.head(tokens), grid)
+        return tokens, grid
 
 
 class Stage(nn.Module):

@@ -69,12 +69,11 @@ class TransDAE(HierarchicalSegmenter):
         self.head = nn.Linear(widths[0], shape.classes)
         start(self.expand, self.levels, self.head)
 
-    def logits(self, x: Tensor) -> Tensor:
-        encoded = self.encode(x)
+    def decode(self, encoded: Sequence[tuple[Tensor, Grid]]) -> tuple[Tensor, Grid]:
         tokens, grid = self.expand(*encoded[-1])
         for level in self.levels:
             tokens, grid = level(tokens, encoded, grid)
-        return as_image(self.head(tokens), grid)
+        return tokens, grid
 
 
 class InteractionLevel(nn.Module):

@@ -16,7 +16,7 @@ All else is a plain U-Net, the same with "bilinear" and "deconv", which are the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,14 +114,23 @@ class WAUNet(Segmenter):
         self.head = CONVOLUTIONS[ndim](config.channels[0], shape.classes, 1)
 
     def logits(self, x: Tensor) -> Tensor:
-        skips: list[Tensor] = []
-        for i, block in enumerate(self.encoder):
-            x = block(self.pool(x, 2) if i else x)
-            skips.append(x)
-        for up, block, skip in zip(self.ups, self.decoder, reversed(skips[:-1])):
-            x = block(torch.cat([skip, up(x, skip)], dim=1))
-        found: Tensor = self.head(x)
+        found: Tensor = self.head(self.decode(self.encode(x)))
         return found
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, C, *S) -> the maps of each level, from fine to coarse; odd sizes are halved upwards."""
+        found: list[Tensor] = []
+        for i, block in enumerate(self.encoder):
+            x = block(self.pool(x, 2, ceil_mode=True) if i else x)
+            found.append(x)
+        return found
+
+    def decode(self, encoded: Sequence[Tensor]) -> Tensor:
+        """What `encode` gives -> (B, channels[0], *S)."""
+        x = encoded[-1]
+        for up, block, skip in zip(self.ups, self.decoder, reversed(encoded[:-1])):
+            x = block(torch.cat([skip, up(x, skip)], dim=1))
+        return x
 
 
 def _upsampler(config: WAUConfig, ndim: int, channels: int, skip_channels: int, level: int) -> nn.Module:
