@@ -448,3 +448,51 @@ def test_yeast_coding() -> None:
     }
     assert share["coding"] > 0.97
     assert share["other"] < 0.5
+
+
+def test_training_sequences_are_moved_and_mutated_otherwise_in_each_epoch():
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(0, 4, length).astype(np.uint8) for length in (30, 20, 30, 25) * 20]
+    plain = SequenceSet(Sequences(codes), np.zeros(80))
+    moved = SequenceSet(Sequences(codes), np.zeros(80), shift=4)
+    moved.set_epoch(1, 1)
+    rows = list(range(80))
+    found, usual = moved.__getitems__(rows), plain.__getitems__(rows)
+    assert torch.equal(found["lengths"], usual["lengths"])
+    by = set()
+    for row, length in enumerate(usual["lengths"].tolist()):
+        steps = int(moved.moved[row])
+        by.add(steps)
+        now, before = found["tokens"][row], usual["tokens"][row]
+        lost = abs(steps)
+        assert (now[length:] == N).all()
+        if steps >= 0:
+            assert torch.equal(now[lost:length], before[: length - lost])
+            assert (now[:lost] == N).all()
+        else:
+            assert torch.equal(now[: length - lost], before[lost:length])
+            assert (now[length - lost :] == N).all()
+    assert by == set(range(-4, 5))
+
+    mutated = SequenceSet(Sequences(codes), np.zeros(80), mutate=0.2)
+    mutated.set_epoch(1, 1)
+    first = mutated.__getitems__(rows)["tokens"]
+    share = (first != usual["tokens"]).sum() / usual["lengths"].sum()
+    assert 0.12 < share < 0.18  # a quarter of the bases drawn are as before
+    alone = mutated[1]["tokens"]  # shorter than others of its batch
+    assert torch.equal(alone, first[1, : len(alone)])
+    mutated.set_epoch(1, 2)
+    assert not torch.equal(mutated.__getitems__(rows)["tokens"], first)
+    mutated.set_epoch(1, 1)
+    assert torch.equal(mutated.__getitems__(rows)["tokens"], first)
+    assert torch.equal(plain.__getitems__(rows)["tokens"], usual["tokens"])  # what is kept has not changed
+
+
+def test_only_training_is_moved_and_mutated():
+    args = SequencesDataConfig(shift=5, mutate=0.1)
+    bundle = prepare(load("synthetic", args), args)
+    assert (bundle.train.shift, bundle.train.mutate) == (5, 0.1)
+    assert (bundle.test.shift, bundle.test.mutate) == (bundle.val.shift, bundle.val.mutate) == (0, 0.0)
+    for wrong in (SequencesDataConfig(shift=-1), SequencesDataConfig(mutate=1.0)):
+        with pytest.raises(UserError, match="shift must not be negative"):
+            prepare(load("synthetic", wrong), wrong)

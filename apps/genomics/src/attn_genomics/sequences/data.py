@@ -43,19 +43,27 @@ class SequenceSet(Dataset[dict[str, Tensor]]):
         sequences: of the part.
         label: (N,) numbers of classes.
         turned: give the other strand of half of them, others in each epoch.
+        shift: move each by up to so many bases either way, otherwise in each epoch; N comes in at the other end.
+        mutate: share of the bases that are drawn anew, others in each epoch.
     """
 
-    def __init__(self, sequences: Sequences, label: np.ndarray, *, turned: bool = False) -> None:
+    def __init__(
+        self, sequences: Sequences, label: np.ndarray, *, turned: bool = False, shift: int = 0, mutate: float = 0.0
+    ) -> None:
         self.sequences, self.label, self.turned = sequences, label.astype(np.int64), turned
+        self.shift, self.mutate = shift, mutate
         self.set_epoch(0, 0)
 
     def __len__(self) -> int:
         return len(self.label)
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """Draw which sequences an epoch turns."""
+        """Draw which sequences an epoch turns, where it moves them and what it mutates."""
         rng = np.random.default_rng(derive(seed, "strands", epoch))
         self.other = rng.random(len(self)) < 0.5 if self.turned else np.zeros(len(self), bool)
+        places = np.random.default_rng(derive(seed, "places", epoch))
+        self.moved = places.integers(-self.shift, self.shift, len(self), endpoint=True)
+        self.mutations = derive(seed, "mutations", epoch)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -63,6 +71,10 @@ class SequenceSet(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = np.asarray(indices, np.int64)
         tokens, lengths = self.sequences.gather(rows)
+        if self.mutate:
+            self._change(tokens, lengths, rows)
+        if self.shift:
+            tokens = _moved(tokens, lengths, torch.from_numpy(self.moved[rows]))
         other = torch.from_numpy(self.other[rows])
         if other.any():
             tokens[other] = reverse_complement(tokens[other], lengths[other])
@@ -72,6 +84,23 @@ class SequenceSet(Dataset[dict[str, Tensor]]):
             "label": torch.from_numpy(self.label[rows]),
             "index": torch.from_numpy(rows),
         }
+
+    def _change(self, tokens: Tensor, lengths: Tensor, rows: np.ndarray) -> None:
+        """Mutate in place, each row by its own number: a batch's order and company change nothing. N stays."""
+        for one, length, row in zip(tokens.numpy(), lengths.tolist(), rows.tolist()):
+            rng = np.random.default_rng((self.mutations, row))
+            bases = one[:length]
+            places = (rng.random(length) < self.mutate) & (bases < N)
+            bases[places] = rng.integers(0, N, length)[places]
+
+
+def _moved(tokens: Tensor, lengths: Tensor, by: Tensor) -> Tensor:
+    """(B, L) with each row's bases `by` (B,) places further on; what moves beyond its ends is lost, N comes in."""
+    place = torch.arange(tokens.shape[1])
+    source = place - by[:, None]
+    bases = tokens.gather(1, source.clamp(0, tokens.shape[1] - 1))
+    within = (source >= 0) & (source < lengths[:, None]) & (place < lengths[:, None])
+    return bases.masked_fill(~within, N)
 
 
 def load_bundle(config: RunConfig, state: Mapping[str, Any] | None = None) -> DataBundle:
@@ -171,6 +200,11 @@ def prepare(
             raise UserError(f"--data_args.{name} is a share from 0 to 1, got {getattr(args, name)}")
     if args.val + args.test > 1 and args.test < 1:
         raise UserError("--data_args.val and --data_args.test leave nothing for training")
+    if args.shift < 0 or not 0 <= args.mutate < 1:
+        raise UserError(
+            "--data_args.shift must not be negative and --data_args.mutate is a share from 0 to 1, got "
+            f"{args.shift} and {args.mutate}"
+        )
     if args.max_train < 0:
         raise UserError(f"--data_args.max_train must not be negative, got {args.max_train}")
     classes = list(state["classes"]) if state is not None else _classes(data)
@@ -191,8 +225,9 @@ def prepare(
         missing = next(name for i, name in enumerate(classes) if i not in set(label[rows[TRAIN]].tolist()))
         raise UserError(f"the training part of {data.source} has no sequence of class {missing!r}; split it otherwise")
 
+    trained: dict[str, Any] = {"turned": turned, "shift": args.shift, "mutate": args.mutate}
     sets = [
-        SequenceSet(data.sequences.take(chosen), label[chosen], turned=turned and part == TRAIN)
+        SequenceSet(data.sequences.take(chosen), label[chosen], **(trained if part == TRAIN else {}))
         if len(chosen)
         else None
         for part, chosen in enumerate(rows)

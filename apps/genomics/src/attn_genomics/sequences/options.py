@@ -31,6 +31,9 @@ class SequencesDataConfig:
         chromosomes_val: chromosomes for validation, such as "XIV"; empty = drawn.
         chromosomes_test: chromosomes for test; empty = drawn.
         max_train: training sequences at most, drawn, for learning curves; 0 = all.
+        shift: training sequences are moved by up to so many bases either way, otherwise in each epoch; what comes in at
+            the other end is N. For whatever does not depend on its exact place.
+        mutate: share of the bases of training sequences that are drawn anew, others in each epoch.
         shuffle: seed of what is drawn.
     """
 
@@ -47,6 +50,8 @@ class SequencesDataConfig:
     chromosomes_val: tuple[str, ...] = ()
     chromosomes_test: tuple[str, ...] = ()
     max_train: int = 0
+    shift: int = 0
+    mutate: float = 0.0
     shuffle: int = 0
 
 
