@@ -261,15 +261,17 @@ def _of_folder(folder: Path, truth: Path, names: str | None, args: SegmentDataCo
     pictures = {is_picture(path) for path in true.values()}
     if len(pictures) > 1:
         raise UserError(f"{truth} holds both pictures and volumes; score them apart")
-    kinds = {name: {int(one) for one in np.unique(read_mask(path).values)} for name, path in true.items()}
-    values = sorted(set().union(*kinds.values()))
+    values: set[int] = set()
+    for path in true.values():
+        mask = read_mask(path)
+        values |= {int(one) for one in np.unique(mask.values)}
+        axes = mask.values.ndim
     # Pictures of one structure have it as white.
-    coding = {0: 0, 255: 1} if pictures == {True} and set(values) <= {0, 255} else {}
+    coding = {0: 0, 255: 1} if pictures == {True} and values <= {0, 255} else {}
     highest = 1 if coding else max((one for one in values if one < 255), default=0)
     structures = tuple(one.strip() for one in names.split(",")) if names else tuple(map(str, range(1, highest + 1)))
     if len(structures) < max(1, highest):
         raise UserError(f"the masks have labels up to {highest}, --structures names {len(structures)}")
-    axes = read_mask(next(iter(true.values()))).values.ndim
     unit = "px" if pictures == {True} else "mm"
     notes: list[str] = []
 
