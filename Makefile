@@ -23,7 +23,7 @@ export ATTN_DATA := $(shell cd ../shared/data && pwd)
 endif
 endif
 
-.PHONY: help setup demo test test-slow test-gpu lint types bench bench-gpu clean $(foreach c,train eval compare,$(addprefix $(c)-,$(APPS)))
+.PHONY: help setup demo test test-slow test-gpu test-mmseg lint types bench bench-gpu clean $(foreach c,train eval compare,$(addprefix $(c)-,$(APPS)))
 
 help:  ## this list
 	@echo "Attention Atlas"
@@ -57,6 +57,23 @@ test: setup  ## every test but the slow ones and those for a GPU (2 cores, under
 
 test-slow: setup  ## the long runs: quality on real data under ATTN_DATA
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m slow $(ARGS)
+
+# mmsegmentation has an environment of its own: its maintained fork bears the original's import names, and nothing else
+# here needs it. Without MMCV_WITH_OPS=0 mmcv compiles its kernels, none of which the bridge uses.
+MMSEG_VENV ?= .venv-mmseg
+MMSEG_BIN := $(MMSEG_VENV)/bin
+MMSEG_PACKAGES := packages/core_attn shared apps/medseg
+MMSEG_KEY = $(CURDIR) $(shell cat constraints.txt $(addsuffix /pyproject.toml,$(MMSEG_PACKAGES)) | cksum)
+
+test-mmseg:  ## the bridge to mmsegmentation, in an environment of its own that is made anew when pins change
+	@if [ "$$(cat "$(MMSEG_VENV)/.installed" 2>/dev/null)" != "$(MMSEG_KEY)" ]; then \
+	  echo "Setting up $(MMSEG_VENV) (about two minutes, once)"; \
+	  rm -rf "$(MMSEG_VENV)" && $(PYTHON) -m venv "$(MMSEG_VENV)"; \
+	  MMCV_WITH_OPS=0 "$(MMSEG_BIN)/python" -m pip install --quiet pytest pytest-timeout \
+	    -e ./packages/core_attn -e ./shared -e "./apps/medseg[mmseg]"; \
+	  echo "$(MMSEG_KEY)" > "$(MMSEG_VENV)/.installed"; \
+	fi
+	@OMP_NUM_THREADS=1 "$(MMSEG_BIN)/python" -m pytest tests/mmseg $(ARGS)
 
 # On a machine with a GPU: our environment where its torch sees the card, else the machine's own Python, which needs
 # torch, triton and pytest and nothing of ours installed.
@@ -94,5 +111,5 @@ endef
 $(foreach a,$(APPS),$(eval $(call app_targets,$(a))))
 
 clean:  ## remove the environment, caches and runs
-	@rm -rf "$(VENV)" .pytest_cache .ruff_cache .mypy_cache runs
+	@rm -rf "$(VENV)" "$(MMSEG_VENV)" .pytest_cache .ruff_cache .mypy_cache runs
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

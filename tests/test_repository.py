@@ -58,6 +58,9 @@ IMPORTED_AS = {
     "imbalanced_learn": "imblearn",
     "pillow": "PIL",
     "simpleitk": "SimpleITK",
+    "onedl_mmcv": "mmcv",
+    "onedl_mmengine": "mmengine",
+    "onedl_mmsegmentation": "mmseg",
 }
 
 
