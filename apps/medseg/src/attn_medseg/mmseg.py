@@ -5,7 +5,7 @@ Importing this module enters them in mmseg's registry, so that a config names th
     custom_imports = dict(imports=["attn_medseg.mmseg"], allow_failed_imports=False)
     model = dict(
         type="EncoderDecoder",
-        backbone=dict(type="DAEFormerBackbone", mixer="gla"),
+        backbone=dict(type="DAEFormerBackbone", mixer="softmax"),
         decode_head=dict(type="DAEFormerHead", in_channels=[32, 80, 128], num_classes=2),
     )
 
@@ -115,8 +115,8 @@ class _PyramidHead(BaseDecodeHead):
     Args:
         in_channels: C_i of each level, from fine to coarse.
         in_index: which of the backbone's maps; None = the first ones.
-        options: the fields of the config but `channels`; what `BaseDecodeHead` takes, such as num_classes, loss_decode and
-            dropout_ratio. Its conv_cfg, norm_cfg and act_cfg change nothing here.
+        options: the fields of the config but `channels`; what `BaseDecodeHead` takes, such as num_classes, loss_decode
+            and dropout_ratio. Its conv_cfg, norm_cfg and act_cfg change nothing here.
     """
 
     config: ClassVar[type]
