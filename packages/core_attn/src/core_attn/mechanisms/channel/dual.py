@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core_attn import ops
-from core_attn.contract import FeatureGate, Growth, MechanismInfo, Pattern, TokenMixer
+from core_attn.contract import FeatureGate, Growth, Pattern, TokenMixer
 from core_attn.einsums import Cascade
 from core_attn.mechanisms.heads import MultiHeadMixer
 from core_attn.naming import unknown
@@ -241,11 +241,21 @@ class PositionChannelAttention(TokenMixer):
 
 
 class _MapGate(FeatureGate):
-    """A token mixer on a feature map (B, C, *spatial) of any number of axes, whose pixels or voxels are the tokens."""
+    """A token mixer on feature maps (B, C, *spatial), in 1-D, 2-D or 3-D: their pixels or voxels are its tokens.
 
-    def __init__(self, mixer: TokenMixer) -> None:
-        super().__init__(mixer.dim)
-        self.mixer = mixer
+    Args:
+        channels: C.
+        options: those of the mixer.
+    """
+
+    mixes: ClassVar[type[TokenMixer]]
+
+    def __init_subclass__(cls) -> None:
+        cls.info = cls.mixes.info
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels)
+        self.mixer = self.mixes(channels, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 3 or x.shape[1] != self.channels:
@@ -257,42 +267,18 @@ class _MapGate(FeatureGate):
 
 
 class PositionGate(_MapGate):
-    """`PositionAttention` on feature maps (B, C, *spatial), in 1-D, 2-D or 3-D.
+    """`PositionAttention` on feature maps."""
 
-    Args:
-        channels: C.
-        options: those of `PositionAttention`.
-    """
-
-    info: ClassVar[MechanismInfo] = PositionAttention.info
-
-    def __init__(self, channels: int, **options: Any) -> None:
-        super().__init__(PositionAttention(channels, **options))
+    mixes = PositionAttention
 
 
 class ChannelAffinityGate(_MapGate):
-    """`ChannelAffinityAttention` on feature maps (B, C, *spatial), in 1-D, 2-D or 3-D.
+    """`ChannelAffinityAttention` on feature maps."""
 
-    Args:
-        channels: C.
-        options: those of `ChannelAffinityAttention`.
-    """
-
-    info: ClassVar[MechanismInfo] = ChannelAffinityAttention.info
-
-    def __init__(self, channels: int, **options: Any) -> None:
-        super().__init__(ChannelAffinityAttention(channels, **options))
+    mixes = ChannelAffinityAttention
 
 
 class PositionChannelGate(_MapGate):
-    """`PositionChannelAttention` on feature maps (B, C, *spatial), in 1-D, 2-D or 3-D.
+    """`PositionChannelAttention` on feature maps."""
 
-    Args:
-        channels: C.
-        options: those of `PositionChannelAttention`.
-    """
-
-    info: ClassVar[MechanismInfo] = PositionChannelAttention.info
-
-    def __init__(self, channels: int, **options: Any) -> None:
-        super().__init__(PositionChannelAttention(channels, **options))
+    mixes = PositionChannelAttention
