@@ -129,6 +129,49 @@ class AttentionUNetConfig:
     dropout: float = 0.0
 
 
+@dataclass(kw_only=True)
+class GatedUNetConfig:
+    """The segmentor of multi-scale adversarial attention gates.
+
+    Attributes:
+        channels: of each level, from fine to coarse; 32,64,128,256,512 as published.
+        gates: attention gates in the decoder; without them it is a plain U-Net.
+        upsample: "nearest" and a convolution, or "deconv".
+        norm: "batch" or "instance".
+    """
+
+    channels: tuple[int, ...] = (8, 16, 32, 64, 128)
+    gates: bool = True
+    upsample: str = "nearest"
+    norm: str = "batch"
+
+
+@dataclass(kw_only=True)
+class MAAGConfig(GatedUNetConfig):
+    """Multi-scale adversarial attention gates.
+
+    Attributes:
+        adversary: a discriminator learns masks of other patients and judges the output and the gates; without it the
+            loss is the task's own.
+        adversarial: weight of the adversarial loss beside the supervised one.
+        dynamic: the supervised loss is scaled to the size of the adversarial one at each step.
+        discriminator_channels: of its first convolution; 32 as published.
+        squeeze: channels of the discriminator's features where a coarser mask joins them.
+        noise: deviation of what is added to the masks that the discriminator reads.
+        flip: how often the discriminator is told the contrary, a share of its calls.
+        flip_form: "label" as the paper; "sign" as the official code, whose flips leave gradients as they are.
+    """
+
+    adversary: bool = True
+    adversarial: float = 0.1
+    dynamic: bool = True
+    discriminator_channels: int = 16
+    squeeze: int = 13
+    noise: float = 0.2
+    flip: float = 0.1
+    flip_form: str = "label"
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -208,6 +251,26 @@ MODELS: dict[str, ModelCard] = {
             config=AttentionUNetConfig,
             kinds=SEGMENT,
             note="attention gates that add signal and skip",
+        ),
+        ModelCard(
+            name="maag",
+            title="Learning to Segment from Scribbles using Multi-scale Adversarial Attention Gates",
+            source="S195",
+            year=2021,
+            target="attn_medseg.models.maag:MAAG",
+            config=MAAGConfig,
+            kinds=SEGMENT,
+            note="learns from scribbles and masks of other patients: a discriminator judges output and gates",
+        ),
+        ModelCard(
+            name="gated_unet",
+            title="Learning to Segment from Scribbles using Multi-scale Adversarial Attention Gates",
+            source="S195",
+            year=2021,
+            target="attn_medseg.models.maag:GatedUNet",
+            config=GatedUNetConfig,
+            kinds=SEGMENT,
+            note="the segmentor of maag without its adversary: the control, which sees no masks of others",
         ),
     )
 }

@@ -174,6 +174,66 @@ def test_masks_are_of_other_patients() -> None:
                 assert not (pieces == mask).flatten(2).all(dim=2).any()
 
 
+@pytest.mark.parametrize("augment", ["none", "full"])
+def test_masks_are_of_training_patients_alone(augment: str) -> None:
+    """Of every case's own mask one value alone: each mask tells whose it is."""
+    cases = []
+    for number in range(24):
+        label = np.full((8, 8), 1 + number // 2, np.uint8)
+        cases.append(
+            Case(
+                name=f"p{number // 2:02d}_frame{number % 2}",
+                patient=f"p{number // 2:02d}",
+                image=partial(_image, label[None].astype(np.float32), None),
+                label=partial(_image, label, None),
+                scribble=partial(_image, label, None),
+            )
+        )
+    structures = tuple(f"p{number:02d}" for number in range(12))
+    corpus = Corpus(cases=tuple(cases), structures=structures, ndim=2, channels=1, unit="px", exact=False)
+    chosen: dict[str, Any] = {"augment": augment, "supervision": "scribble"}
+    args = replace(PLAIN, size=(8, 8), **chosen)
+    train = train_of(bundle(corpus, args, masks=True))
+    patients = {case.patient for case in train.cases}
+    assert len(patients) < 12
+    seen: dict[str, set[str]] = {one: set() for one in patients}
+    for epoch in range(40):
+        train.set_epoch(0, epoch)
+        for index, mask in enumerate(train.__getitems__(range(len(train)))["masks"]):
+            of = {structures[value - 1] for value in mask.unique().tolist() if value}
+            seen[train.cases[index].patient] |= of
+    for own, of in seen.items():
+        assert of == patients - {own}
+
+
+def test_masks_turn_as_images_do() -> None:
+    label = np.zeros((16, 16), np.uint8)
+    label[4:12, 7:9] = 1
+    cases = tuple(
+        Case(
+            name=f"p{one}",
+            patient=f"p{one}",
+            image=partial(_image, label[None].astype(np.float32), None),
+            label=partial(_image, label, None),
+        )
+        for one in range(6)
+    )
+    corpus = Corpus(cases=cases, structures=("x",), ndim=2, channels=1, unit="px", exact=False)
+    chosen: dict[str, Any]
+    for chosen, turned in (({"augment": "none"}, False), ({"augment": "full"}, True)):
+        train = train_of(bundle(corpus, replace(PLAIN, size=(16, 16), patches=20, **chosen), masks=True))
+        masks = train.__getitems__(range(len(train)))["masks"]
+        assert ((masks - torch.from_numpy(label)).abs().flatten(1).sum(dim=1) > 4).any() == turned
+        assert set(masks.unique().tolist()) == {0, 1}
+
+
+def test_masks_need_two_training_patients() -> None:
+    corpus = made([(8, 8)] * 6)
+    with pytest.raises(UserError, match="there is one training patient alone"):
+        bundle(corpus, replace(PLAIN, size=(8, 8), max_train=1), masks=True)
+    bundle(corpus, replace(PLAIN, size=(8, 8), max_train=1))
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_patches_are_drawn_around_structures(share: float) -> None:
     label = np.zeros((64, 64), np.uint8)

@@ -22,7 +22,6 @@ from attn_medseg.segment.splits import split
 from attn_medseg.segment.transforms import (
     Prepared,
     Restore,
-    crop,
     cut,
     label_on_grid,
     orientation,
@@ -127,6 +126,8 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         masks: bool = False,
     ) -> None:
         self.cases, self.corpus, self.state, self.args, self.masks = tuple(cases), corpus, dict(state), args, masks
+        if masks and len({case.patient for case in cases}) < 2:
+            raise UserError("masks of other training patients are wanted, and there is one training patient alone")
         self.size: tuple[int, ...] = tuple(state["size"])
         self.axis = int(state["slices"])
         self.items = [
@@ -200,16 +201,16 @@ class TrainSet(Dataset[dict[str, Tensor]]):
         return found
 
     def _mask(self, case: int, rng: np.random.Generator) -> Tensor:
-        """The full labels of a patch of another patient; outside of its image is background."""
+        """The full labels of a patch of another patient, augmented as images are; outside of its image is
+        background."""
         own = self.cases[case].patient
-        others = [number for number, one in enumerate(self.cases) if one.patient != own] or [case]
+        others = [number for number, one in enumerate(self.cases) if one.patient != own]
         full = self.example(others[int(rng.integers(len(others)))]).full
         if self.axis >= 0:
             full = full.select(self.axis, int(rng.integers(full.shape[self.axis])))
-        patch = crop(full, place(full.shape, self.size, None, rng), self.size, 0)
-        for axis in self.state["flips"] if self.args.augment != "none" else ():
-            if rng.random() < 0.5:
-                patch = patch.flip(axis)
+        start = place(full.shape, self.size, None, rng)
+        augment, flips = self.args.augment, self.state["flips"]
+        _, [patch] = cut(full[None].float(), [full], start, self.size, rng, augment=augment, flips=flips)
         return patch.where(patch != IGNORE, 0).long()
 
 
