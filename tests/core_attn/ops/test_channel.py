@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from core_attn.ops import channel_attention
+from core_attn.testing.harness import worst
 
 
 def inputs(length: int, *, batch: int = 2, heads: int = 3, channels: int = 5, seed: int = 0) -> list[Tensor]:
@@ -25,16 +26,6 @@ def outcome(backend: str, leaves: list[Tensor], **options: Any) -> list[Tensor]:
         out = out.masked_fill(~options["key_padding_mask"][:, None, :, None], 0.0)
     probe = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(out.dtype)
     return [out, *torch.autograd.grad(out, leaves, probe)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of anything, relative to the largest element of the same tensor where that is above 1."""
-    errors = (
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(found, expected)
-        if a.numel()
-    )
-    return max(errors, default=0.0)
 
 
 def test_definition_is_the_sum_it_says() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from core_attn.naming import UnknownNameError
 from core_attn.ops import clipped_softmax_attention, softmax_attention
 from core_attn.ops.clipped import blocked
+from core_attn.testing.harness import worst
 
 STRETCHES = [(-0.03, 1.0), (-0.003, 1.03), (0.0, 1.2), (-0.2, 1.0), (0.0, 1.0)]
 
@@ -39,16 +40,6 @@ def outcome(backend: str, leaves: list[Tensor], **options: Any) -> list[Tensor]:
     out = clipped_softmax_attention(*leaves, backend=backend, **options)
     probe = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
     return [out, *torch.autograd.grad(out, leaves, probe)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of anything, relative to the largest element of the same tensor where that is above 1."""
-    errors = (
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(found, expected)
-        if a.numel()
-    )
-    return max(errors, default=0.0)
 
 
 @pytest.fixture

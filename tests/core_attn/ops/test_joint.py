@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core_attn.naming import UnknownNameError
 from core_attn.ops import joint_attention
+from core_attn.testing.harness import worst
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -24,16 +25,6 @@ def outcome(backend: str, leaves: list[Tensor], **options: Any) -> list[Tensor]:
     out = joint_attention(q, k, v, lin_q=lin_q, lin_k=lin_k, backend=backend, **options)
     probe = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
     return [out, *torch.autograd.grad(out, leaves, probe)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of anything, relative to the largest element of the same tensor where that is above 1."""
-    errors = (
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(found, expected, strict=True)
-        if a.numel()
-    )
-    return max(errors, default=0.0)
 
 
 def draw(*shape: int, channels: int, value: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

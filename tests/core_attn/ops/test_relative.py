@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core_attn.naming import UnknownNameError
 from core_attn.ops import relative_attention, softmax_attention
 from core_attn.ops.relative import blocked
+from core_attn.testing.harness import worst
 
 
 def inputs(
@@ -49,15 +50,6 @@ def outcome(backend: str, leaves: list[Tensor], **options: Any) -> list[Tensor]:
     out = relative_attention(q, k, v, relative=relative, backend=backend, **options)
     probe = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
     return [out, *torch.autograd.grad(out, leaves, probe)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of anything, relative to the largest element of the same tensor where that is above 1."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(found, expected)
-        if a.numel()
-    )
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from core_attn.dispatch import BackendError, Request
 from core_attn.naming import UnknownNameError
 from core_attn.ops import softmax_attention
 from core_attn.ops.softmax import OPERATOR, blocked, flex, span
+from core_attn.testing.harness import worst
 
 FAST = ["torch", "sdpa"]
 WINDOWS = [None, 1, 5, (3, None), (0, 2)]
@@ -56,15 +57,6 @@ def outcome(backend: str, leaves: list[Tensor], q: Tensor, k: Tensor, v: Tensor,
     out = softmax_attention(q, k, v, backend=backend, **options)
     probe = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
     return [out, *torch.autograd.grad(out, leaves, probe)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of anything, relative to the largest element of the same tensor where that is above 1."""
-    return max(
-        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-        for a, b in zip(found, expected)
-        if a.numel()
-    )
 
 
 @pytest.fixture

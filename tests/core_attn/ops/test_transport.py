@@ -13,6 +13,7 @@ from torch import Tensor
 
 from core_attn.ops import sinkhorn
 from core_attn.ops.transport import implicit
+from core_attn.testing.harness import worst
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "core_sinkhorn"
 STORED = load_file(GOLDEN.with_suffix(".safetensors"))
@@ -40,11 +41,6 @@ def outcome(cost: Tensor, a: Tensor, b: Tensor, **options: Any) -> list[Tensor]:
     on_cost, *on_masses = torch.autograd.grad(plan, leaves, probe)
     # Of a point without mass, the scaling of its set above is all that would be left.
     return [plan.detach(), on_cost, *[g.masked_fill(m == 0, 0.0) for g, m in zip(on_masses, (a, b))]]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    errors = (((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in zip(found, expected) if x.numel())
-    return max(errors, default=0.0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from core_attn.dispatch import BackendError, Request
 from core_attn.ops import softmax_attention, window_attention
 from core_attn.ops.softmax import blocked as engine
 from core_attn.ops.window import OPERATOR, blocked, reference
+from core_attn.testing.harness import worst
 
 
 def inputs(
@@ -33,18 +34,6 @@ def outcome(backend: str, leaves: list[Tensor], q: Tensor, k: Tensor, v: Tensor,
     out = window_attention(q, k, v, backend=backend, **options)
     probe = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
     return [out, *torch.autograd.grad(out, leaves, probe)]
-
-
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of anything, relative to the largest element of the same tensor where that is above 1."""
-    return max(
-        (
-            ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1)).item()
-            for a, b in zip(found, expected, strict=True)
-            if a.numel()
-        ),
-        default=0.0,
-    )
 
 
 @pytest.fixture

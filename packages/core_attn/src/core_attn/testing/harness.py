@@ -23,8 +23,12 @@ class NotClaimed(Exception):
     """The mechanism does not promise what the check is about."""
 
 
-def error_of(got: Tensor, right: Tensor) -> float:
-    """Largest difference, relative to the largest value of `right`; infinite where one is not finite."""
+def error_of(got: Tensor, right: Tensor, *, floor: float = 1e-6) -> float:
+    """Largest difference, relative to the largest value of `right`; infinite where one is not finite.
+
+    A largest value below `floor` counts as `floor`: such an answer is zero up to rounding, and a relative error would
+    compare rounding errors.
+    """
     if got.shape != right.shape:
         raise Broken(f"shapes differ: {shape_of(got)} and {shape_of(right)}")
     if got.numel() == 0:
@@ -32,8 +36,12 @@ def error_of(got: Tensor, right: Tensor) -> float:
     got, right = got.detach().double(), right.detach().double()
     if not got.isfinite().all() or not right.isfinite().all():
         return float("inf")
-    # Below this size the right answer is zero up to rounding, and a relative error would compare rounding errors.
-    return ((got - right).abs().max() / right.abs().max().clamp(min=1e-6)).item()
+    return ((got - right).abs().max() / right.abs().max().clamp(min=floor)).item()
+
+
+def worst(got: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The largest `error_of` of as many pairs, relative where the largest value of the right tensor is above 1."""
+    return max((error_of(a, b, floor=1.0) for a, b in zip(got, right, strict=True)), default=0.0)
 
 
 def with_grad(call: dict[str, Any]) -> dict[str, Any]:
