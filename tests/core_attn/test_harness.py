@@ -37,5 +37,5 @@ def test_small_answers_are_not_magnified() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(Broken, match="shapes differ"):
         worst([RIGHT], [RIGHT[:2]])
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         worst([RIGHT], [RIGHT, RIGHT])
