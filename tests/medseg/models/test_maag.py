@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,10 @@ def test_official_numbers(dtype: torch.dtype, tolerance: float) -> None:
     close(terms["discriminator"], "loss_discriminator")
     close(terms["adversarial"], "loss_generator")
     # Its supervised track weighs by the discriminator's loss and lowers that, in the segmentor too.
-    supervised = terms["supervised"] * (terms["discriminator"] / terms["supervised"]).detach()
-    close(supervised + 0.1 * terms["discriminator"], "loss_supervised")
+    official = MAAG(replace(config, push="both"), shape).double().eval()
+    official.load_state_dict(net.state_dict())
+    both = official.to(dtype).losses(batch, PARTIAL)
+    close(both["segmentor"] - 0.2 * both["adversarial"], "loss_supervised")
     terms_of = {name: float(one.detach()) for name, one in terms.items()}
     assert terms_of["segmentor"] == pytest.approx(1.1 * terms_of["adversarial"], rel=1e-6)
 
@@ -257,6 +260,22 @@ def test_the_weight_follows_and_is_held() -> None:
     assert all(torch.isfinite(one.grad).all() for one in net.parameters() if one.grad is not None)
 
 
+def test_the_official_push_moves_masks_away_from_what_is_drawn() -> None:
+    """Answers of made masks are drawn to 1/3 in place of 1: beyond it they are pushed back."""
+    net = _net(noise=0.0, flip=0.0, push="both", dynamic=False)
+    judge = net.discriminator
+    assert judge is not None
+    for answer, sign in ((0.0, -1), (0.5, 1)):
+        made = torch.tensor(answer, requires_grad=True)
+        judge.forward = lambda masks, made=made: made * torch.ones(2)  # type: ignore[method-assign]
+        terms = net.losses(_batch(net, 16), lambda logits, label: logits.sum() * 0.0)
+        [gradient] = torch.autograd.grad(terms["segmentor"], made)
+        # The made masks' share; the real ones answer the same here, and their loss pulls to 1 with 0.1.
+        assert float(gradient) == pytest.approx(0.1 * (answer + 1) + 0.1 * (answer - 1) + 0.2 * (answer - 1), abs=1e-6)
+        made_alone = gradient - 0.1 * (answer - 1)
+        assert float(made_alone.sign()) == sign
+
+
 def test_without_the_adversary_the_loss_is_the_task_s() -> None:
     net = _net(adversary=False).eval()
     batch = _batch(net, 16)
@@ -314,6 +333,7 @@ def test_any_size(ndim: int, options: dict[str, Any]) -> None:
     [
         ({"upsample": "linear"}, "upsample is 'linear'"),
         ({"norm": "layer"}, "norm is 'layer'"),
+        ({"push": "none"}, "push is 'none'"),
         ({"flip_form": "none"}, "flip_form is 'none'"),
         ({"flip": 1.5}, "flip is a share"),
         ({"noise": -1.0}, "noise and adversarial"),

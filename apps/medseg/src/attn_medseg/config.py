@@ -155,6 +155,8 @@ class MAAGConfig(GatedUNetConfig):
             loss is the task's own.
         adversarial: weight of the adversarial loss beside the supervised one.
         dynamic: the supervised loss is scaled to the size of the adversarial one at each step.
+        push: "real" moves masks towards what is drawn; "both" as the official code, which beside this, with twice the
+            weight, moves them towards what is told from drawn ones.
         discriminator_channels: of its first convolution; 32 as published.
         squeeze: channels of the discriminator's features where a coarser mask joins them.
         noise: deviation of what is added to the masks that the discriminator reads.
@@ -165,6 +167,7 @@ class MAAGConfig(GatedUNetConfig):
     adversary: bool = True
     adversarial: float = 0.1
     dynamic: bool = True
+    push: str = "real"
     discriminator_channels: int = 16
     squeeze: int = 13
     noise: float = 0.2

@@ -16,6 +16,10 @@ L_S is the task's loss on drawn voxels; the paper's is the cross-entropy with cl
 (`--task_args.loss ce --task_args.class_weights true`, which differs by a factor that w takes away). Both sides are
 lowered in one step of one optimiser: L_D reads masks whose gradient stops, L_G reads a discriminator whose weights are
 held, so that neither side's gradient reaches the other.
+
+The official code alternates: on scribbles it lowers w L_S + 0.1 L_D, with w = |L_D / L_S|, in the segmentor too, which
+so is moved to where its masks are told from drawn ones; on other images 0.2 L_G. That is `push` "both". Its flips turn
+answers but not their gradients, so that they do not confuse the discriminator: `flip_form` "sign".
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from core_attn.mechanisms.channel.adversarial_gate import AdversarialGate
 
 UPSAMPLERS = ("nearest", "deconv")
 FLIPS = ("label", "sign")
+PUSHES = ("real", "both")
 
 _EPSILON = 1e-3  # of the norms: TensorFlow's
 _SLOPE = 0.2
@@ -289,19 +294,27 @@ class MAAG(GatedUNet):
         judgement = discriminator.loss([real], 1.0) + discriminator.loss([one.detach() for one in made], -1.0)
         with _held(discriminator):
             adversarial = discriminator.loss(made, 1.0)
+            pushed = adversarial
+            if self.config.push == "both":
+                pushed = discriminator.loss([real], 1.0) + discriminator.loss(made, -1.0)
         weight = supervised.new_ones(())
         if self.config.dynamic:
-            weight = (adversarial / supervised.clamp_min(_TINY)).abs().detach()
+            weight = (pushed / supervised.clamp_min(_TINY)).abs().detach()
+        segmentor = weight * supervised + self.config.adversarial * pushed
+        if self.config.push == "both":
+            segmentor = segmentor + 2 * self.config.adversarial * adversarial
         return {
             "supervised": supervised,
             "adversarial": adversarial,
             "weight": weight,
-            "segmentor": weight * supervised + self.config.adversarial * adversarial,
+            "segmentor": segmentor,
             "discriminator": judgement,
         }
 
 
 def _check(config: MAAGConfig) -> None:
+    if config.push not in PUSHES:
+        raise ValueError(f"push is {config.push!r}; it may be {' or '.join(PUSHES)}")
     if config.flip_form not in FLIPS:
         raise ValueError(f"flip_form is {config.flip_form!r}; it may be {' or '.join(FLIPS)}")
     if min(config.discriminator_channels, config.squeeze) < 1:
