@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from attn_medseg.config import MODELS
+from attn_medseg.pathology import tables
+from attn_medseg.pathology.bags import cards as bags
+from attn_medseg.pathology.bags.options import BagsDataConfig, BagsPredictOptions, BagsTaskConfig
 from attn_medseg.segment import cards as segment
 from attn_medseg.segment.evaluate import FLAGS
 from attn_medseg.segment.options import SegmentDataConfig, SegmentPredictOptions, SegmentTaskConfig
-from attn_shared.app import App, Kind
+from attn_shared.app import App, DataCard, Kind
 from attn_shared.config import OptimConfig, TrainerConfig
 
 
@@ -16,6 +22,14 @@ def _segment_trainer() -> TrainerConfig:
 
 def _segment_optim() -> OptimConfig:
     return OptimConfig(name="adamw", lr=1e-3, weight_decay=1e-4, schedule="cosine", warmup=20)
+
+
+def _bags_trainer() -> TrainerConfig:
+    return TrainerConfig(max_epochs=50, batch_size=1, eval_batch_size=1, patience=None)
+
+
+def _bags_optim() -> OptimConfig:
+    return OptimConfig(name="adamw", lr=1e-4, weight_decay=1e-5, schedule="cosine")
 
 
 KINDS = (
@@ -32,19 +46,38 @@ KINDS = (
         trainer_defaults=_segment_trainer,
         optim_defaults=_segment_optim,
     ),
+    Kind(
+        name="bags",
+        title="classify bags of instances",
+        task="attn_medseg.pathology.bags.task:BagsTask",
+        data_config=BagsDataConfig,
+        task_config=BagsTaskConfig,
+        default_model="acmil",
+        default_data="synthetic_bags",
+        predict_options=BagsPredictOptions,
+        file_suffixes=bags.FILE_SUFFIXES,
+        trainer_defaults=_bags_trainer,
+        optim_defaults=_bags_optim,
+    ),
 )
+DATASETS: dict[str, DataCard] = {**segment.DATASETS, **bags.DATASETS}
 
 APP = App(
     name="medseg",
     package="attn_medseg",
     title="medical segmentation with attention, in 2-D and 3-D, scored as clinicians' challenges score",
     models=MODELS,
-    datasets=segment.DATASETS,
+    datasets=DATASETS,
     kinds=KINDS,
-    file_formats=segment.FILE_FORMATS,
-    file_suffixes=segment.FILE_SUFFIXES,
-    check_file="attn_medseg.segment.check:check_file",
+    kind_of_file="attn_medseg.cli:kind_of_file",
+    file_formats=f"{segment.FILE_FORMATS} {bags.FILE_FORMATS}",
+    file_suffixes=(*segment.FILE_SUFFIXES, *bags.FILE_SUFFIXES),
+    check_file="attn_medseg.cli:check_file",
     commands={
+        "crossval": (
+            "attn_medseg.pathology.crossval:main",
+            "bags and survival: train every fold, repeatedly, and score what the folds say together",
+        ),
         "score": (
             "attn_medseg.segment.evaluate:main",
             "masks of any tool, published protocols, a table of cases (eval --predictions, --protocol, --cases)",
@@ -53,6 +86,26 @@ APP = App(
     eval_flags=FLAGS,
     eval_hint="`medseg score --help`: masks of any tool (--predictions), protocols (--protocol), --cases FILE.csv.",
 )
+
+
+def kind_of_file(path: str) -> str:
+    """The kind of task that a file or folder of the user's own is for: images are to be segmented."""
+    return tables.kind_of(Path(path)) or KINDS[0].name
+
+
+def check_file(path: Path, args: Any = None) -> list[str]:
+    """What is wrong with a file or folder of the user's own, a sentence each.
+
+    Args:
+        args: options of the data; None = the defaults of the kind that the path looks like.
+    """
+    if isinstance(args, BagsDataConfig) or (args is None and kind_of_file(str(path)) == "bags"):
+        from attn_medseg.pathology.bags.check import check_file as check_bags
+
+        return check_bags(path, args)
+    from attn_medseg.segment.check import check_file as check_images
+
+    return check_images(path, args)
 
 
 def main(argv: list[str] | None = None) -> int:

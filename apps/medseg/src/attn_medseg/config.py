@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from attn_shared.app import ModelCard
 
 SEGMENT = ("segment",)
+BAGS = ("bags",)
 
 
 @dataclass(kw_only=True)
@@ -175,6 +176,40 @@ class MAAGConfig(GatedUNetConfig):
     flip_form: str = "label"
 
 
+@dataclass(kw_only=True)
+class ABMILConfig:
+    """Gated attention multiple-instance learning.
+
+    Attributes:
+        channels: of each layer that encodes an instance by itself, ReLU after each.
+        hidden: channels of the two gates of the attention.
+        bias: of the encoder; none in ACMIL's official code.
+        dropout: of channels, after each layer of the encoder.
+    """
+
+    channels: tuple[int, ...] = (128,)
+    hidden: int = 128
+    bias: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class ACMILConfig(ABMILConfig):
+    """ACMIL; the defaults are those of its paper and official code.
+
+    Attributes:
+        branches: of attention.
+        top: so many of the instances that score highest in a branch may be masked in training; 0 = none.
+        drop: share of them that is masked, drawn at each step; the official notes advise 0 where training is unstable.
+        diversity: weight of the branches' mean cosine similarity in the loss.
+    """
+
+    branches: int = 5
+    top: int = 10
+    drop: float = 0.6
+    diversity: float = 1.0
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -274,6 +309,26 @@ MODELS: dict[str, ModelCard] = {
             config=GatedUNetConfig,
             kinds=SEGMENT,
             note="the segmentor of maag without its adversary: the control, which sees no masks of others",
+        ),
+        ModelCard(
+            name="abmil",
+            title="Attention-based Deep Multiple Instance Learning",
+            source="Ilse 2018",
+            year=2018,
+            target="attn_medseg.models.mil:ABMIL",
+            config=ABMILConfig,
+            kinds=BAGS,
+            note="one branch of gated attention: the control beside acmil",
+        ),
+        ModelCard(
+            name="acmil",
+            title="Attention-Challenging Multiple Instance Learning for Whole Slide Image Classification",
+            source="S142",
+            year=2024,
+            target="attn_medseg.models.mil:ACMIL",
+            config=ACMILConfig,
+            kinds=BAGS,
+            note="five branches of gated attention that must differ; instances of highest score are masked at random",
         ),
     )
 }

@@ -1,0 +1,1 @@
+"""Pathology: bags of instances that have one label (multiple-instance learning), and survival."""
