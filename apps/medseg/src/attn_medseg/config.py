@@ -210,6 +210,64 @@ class ACMILConfig(ABMILConfig):
     diversity: float = 1.0
 
 
+@dataclass(kw_only=True)
+class DAFConfig:
+    """Multi-scale self-guided attention; the defaults are a model small enough to train on a CPU.
+
+    Attributes:
+        backbone: "pyramid", a small encoder that halves the grid at each level, or "resnext101", as published.
+        channels: of the pyramid's levels, from fine to coarse, the finest on 1/4 of the image's grid.
+        width: channels of each scale where attention reads; 64 as published.
+        norm: "batch" as published, or "instance".
+        guided: weight of the difference between what both passes' autoencoders find.
+        reconstruction: weight of what the autoencoders cannot rebuild.
+        heads: of another mixer than the paper's.
+    """
+
+    backbone: str = "pyramid"
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    width: int = 32
+    norm: str = "batch"
+    guided: float = 0.25
+    reconstruction: float = 0.1
+    heads: int = 4
+
+
+@dataclass(kw_only=True)
+class AttSwinUNetConfig:
+    """Attention Swin U-Net; the defaults are a model small enough to train on a CPU.
+
+    Attributes:
+        channels: of each level, from fine to coarse; each level halves the grid. As published 96,192,384,768.
+        blocks: of each level, in the encoder and in the decoder; 2,2,6,2 as published.
+        heads: of each level; 3,6,12,24 as published.
+        patch: voxels of a cell of the finest level along each axis; 4 as published.
+        window: cells of a window along each axis; 7 as published.
+        expansion: how many times wider feed-forward layers of blocks are.
+        spatial: blocks of the decoder read by the attention of the encoder too.
+        context: skips with cross-contextual attention.
+        context_depth: how often each side reads the other.
+        context_heads, context_width: heads of this attention and channels of a head; 8 and 64 as published.
+        exact: as the official code, where the encoder's attention has no effect, and what the context has learned
+            stands in the place of the first token.
+        drop_path: share of images that pass by the encoder's last block in training, less before; 0.1 as published.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 128)
+    blocks: tuple[int, ...] = (2, 2, 2)
+    heads: tuple[int, ...] = (2, 4, 8)
+    patch: int = 4
+    window: int = 4
+    expansion: int = 4
+    spatial: bool = True
+    context: bool = True
+    context_depth: int = 2
+    context_heads: int = 4
+    context_width: int = 16
+    exact: bool = False
+    drop_path: float = 0.0
+
+
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in (
@@ -289,6 +347,30 @@ MODELS: dict[str, ModelCard] = {
             config=AttentionUNetConfig,
             kinds=SEGMENT,
             note="attention gates that add signal and skip",
+        ),
+        ModelCard(
+            name="daf",
+            title="Multi-scale self-guided attention for medical image segmentation",
+            source="S71",
+            year=2021,
+            target="attn_medseg.models.daf:DAF",
+            config=DAFConfig,
+            kinds=SEGMENT,
+            mixer="position",
+            mixer_patterns=("noncausal_self",),
+            note="position and channel attention at four scales, in two passes, guided by autoencoders",
+        ),
+        ModelCard(
+            name="att_swin_unet",
+            title="Attention Swin U-Net: Cross-Contextual Attention Mechanism for Skin Lesion Segmentation",
+            source="S81",
+            year=2023,
+            target="attn_medseg.models.att_swin_unet:AttSwinUNet",
+            config=AttSwinUNetConfig,
+            kinds=SEGMENT,
+            mixer="swin",
+            mixer_patterns=("noncausal_self",),
+            note="Swin blocks down and up; skips that hand on attention and context",
         ),
         ModelCard(
             name="maag",
