@@ -9,6 +9,8 @@ from attn_medseg.config import MODELS
 from attn_medseg.pathology import tables
 from attn_medseg.pathology.bags import cards as bags
 from attn_medseg.pathology.bags.options import BagsDataConfig, BagsPredictOptions, BagsTaskConfig
+from attn_medseg.pathology.survival import cards as survival
+from attn_medseg.pathology.survival.options import SurvivalDataConfig, SurvivalPredictOptions, SurvivalTaskConfig
 from attn_medseg.segment import cards as segment
 from attn_medseg.segment.evaluate import FLAGS
 from attn_medseg.segment.options import SegmentDataConfig, SegmentPredictOptions, SegmentTaskConfig
@@ -30,6 +32,14 @@ def _bags_trainer() -> TrainerConfig:
 
 def _bags_optim() -> OptimConfig:
     return OptimConfig(name="adamw", lr=1e-4, weight_decay=1e-5, schedule="cosine")
+
+
+def _survival_trainer() -> TrainerConfig:
+    return TrainerConfig(max_epochs=20, batch_size=32, eval_batch_size=8, patience=None)
+
+
+def _survival_optim() -> OptimConfig:
+    return OptimConfig(name="adam", lr=2e-4, weight_decay=1e-5, schedule="constant")
 
 
 KINDS = (
@@ -59,8 +69,21 @@ KINDS = (
         trainer_defaults=_bags_trainer,
         optim_defaults=_bags_optim,
     ),
+    Kind(
+        name="survival",
+        title="tell survival",
+        task="attn_medseg.pathology.survival.task:SurvivalTask",
+        data_config=SurvivalDataConfig,
+        task_config=SurvivalTaskConfig,
+        default_model="motcat",
+        default_data="synthetic_survival",
+        predict_options=SurvivalPredictOptions,
+        file_suffixes=survival.FILE_SUFFIXES,
+        trainer_defaults=_survival_trainer,
+        optim_defaults=_survival_optim,
+    ),
 )
-DATASETS: dict[str, DataCard] = {**segment.DATASETS, **bags.DATASETS}
+DATASETS: dict[str, DataCard] = {**segment.DATASETS, **bags.DATASETS, **survival.DATASETS}
 
 APP = App(
     name="medseg",
@@ -70,7 +93,7 @@ APP = App(
     datasets=DATASETS,
     kinds=KINDS,
     kind_of_file="attn_medseg.cli:kind_of_file",
-    file_formats=f"{segment.FILE_FORMATS} {bags.FILE_FORMATS}",
+    file_formats=f"{segment.FILE_FORMATS} {bags.FILE_FORMATS} {survival.FILE_FORMATS}",
     file_suffixes=(*segment.FILE_SUFFIXES, *bags.FILE_SUFFIXES),
     check_file="attn_medseg.cli:check_file",
     commands={
@@ -99,7 +122,12 @@ def check_file(path: Path, args: Any = None) -> list[str]:
     Args:
         args: options of the data; None = the defaults of the kind that the path looks like.
     """
-    if isinstance(args, BagsDataConfig) or (args is None and kind_of_file(str(path)) == "bags"):
+    kind = kind_of_file(str(path)) if args is None else ""
+    if kind == "survival" or isinstance(args, SurvivalDataConfig):
+        from attn_medseg.pathology.survival.check import check_file as check_survival
+
+        return check_survival(path, args)
+    if kind == "bags" or isinstance(args, BagsDataConfig):
         from attn_medseg.pathology.bags.check import check_file as check_bags
 
         return check_bags(path, args)

@@ -8,6 +8,7 @@ from attn_shared.app import ModelCard
 
 SEGMENT = ("segment",)
 BAGS = ("bags",)
+SURVIVAL = ("survival",)
 
 
 @dataclass(kw_only=True)
@@ -177,6 +178,29 @@ class MAAGConfig(GatedUNetConfig):
 
 
 @dataclass(kw_only=True)
+class DAFConfig:
+    """Multi-scale self-guided attention; the defaults are a model small enough to train on a CPU.
+
+    Attributes:
+        backbone: "pyramid", a small encoder that halves the grid at each level, or "resnext101", as published.
+        channels: of the pyramid's levels, from fine to coarse, the finest on 1/4 of the image's grid.
+        width: channels of each scale where attention reads; 64 as published.
+        norm: "batch" as published, or "instance".
+        guided: weight of the difference between what both passes' autoencoders find.
+        reconstruction: weight of what the autoencoders cannot rebuild.
+        heads: of another mixer than the paper's.
+    """
+
+    backbone: str = "pyramid"
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    width: int = 32
+    norm: str = "batch"
+    guided: float = 0.25
+    reconstruction: float = 0.1
+    heads: int = 4
+
+
+@dataclass(kw_only=True)
 class ABMILConfig:
     """Gated attention multiple-instance learning.
 
@@ -208,29 +232,6 @@ class ACMILConfig(ABMILConfig):
     top: int = 10
     drop: float = 0.6
     diversity: float = 1.0
-
-
-@dataclass(kw_only=True)
-class DAFConfig:
-    """Multi-scale self-guided attention; the defaults are a model small enough to train on a CPU.
-
-    Attributes:
-        backbone: "pyramid", a small encoder that halves the grid at each level, or "resnext101", as published.
-        channels: of the pyramid's levels, from fine to coarse, the finest on 1/4 of the image's grid.
-        width: channels of each scale where attention reads; 64 as published.
-        norm: "batch" as published, or "instance".
-        guided: weight of the difference between what both passes' autoencoders find.
-        reconstruction: weight of what the autoencoders cannot rebuild.
-        heads: of another mixer than the paper's.
-    """
-
-    backbone: str = "pyramid"
-    channels: tuple[int, ...] = (32, 64, 96, 128)
-    width: int = 32
-    norm: str = "batch"
-    guided: float = 0.25
-    reconstruction: float = 0.1
-    heads: int = 4
 
 
 @dataclass(kw_only=True)
@@ -266,6 +267,40 @@ class AttSwinUNetConfig:
     context_width: int = 16
     exact: bool = False
     drop_path: float = 0.0
+
+
+@dataclass(kw_only=True)
+class MOTCatConfig:
+    """MOTCat; the defaults are those of its official code.
+
+    Attributes:
+        width: channels of every token.
+        heads: of both transformers' attention.
+        layers: of each transformer.
+        dropout: everywhere.
+        reg: weight of the transport's entropy; 0.05 of the official runs on BLCA.
+        tau: weight of its deviations from even masses.
+    """
+
+    width: int = 256
+    heads: int = 8
+    layers: int = 2
+    dropout: float = 0.25
+    reg: float = 0.1
+    tau: float = 0.5
+
+
+@dataclass(kw_only=True)
+class SNNConfig:
+    """A self-normalising network on genes.
+
+    Attributes:
+        channels: of each layer.
+        dropout: alpha dropout after each.
+    """
+
+    channels: tuple[int, ...] = (256, 256, 256, 256)
+    dropout: float = 0.25
 
 
 MODELS: dict[str, ModelCard] = {
@@ -399,8 +434,9 @@ MODELS: dict[str, ModelCard] = {
             year=2018,
             target="attn_medseg.models.mil:ABMIL",
             config=ABMILConfig,
-            kinds=BAGS,
-            note="one branch of gated attention: the control beside acmil",
+            kinds=(*BAGS, *SURVIVAL),
+            targets={"survival": "attn_medseg.models.motcat:SlideSurvival"},
+            note="one branch of gated attention: the control beside acmil; of survival, slides alone",
         ),
         ModelCard(
             name="acmil",
@@ -411,6 +447,27 @@ MODELS: dict[str, ModelCard] = {
             config=ACMILConfig,
             kinds=BAGS,
             note="five branches of gated attention that must differ; instances of highest score are masked at random",
+        ),
+        ModelCard(
+            name="motcat",
+            title="Multimodal Optimal Transport-based Co-Attention Transformer with Global Structure Consistency for "
+            "Survival Prediction",
+            source="S8",
+            year=2023,
+            target="attn_medseg.models.motcat:MOTCat",
+            config=MOTCatConfig,
+            kinds=SURVIVAL,
+            note="optimal transport says which patches of a slide each group of genes reads",
+        ),
+        ModelCard(
+            name="snn",
+            title="Self-Normalizing Neural Networks",
+            source="Klambauer 2017, MCAT",
+            year=2017,
+            target="attn_medseg.models.motcat:SNN",
+            config=SNNConfig,
+            kinds=SURVIVAL,
+            note="genes alone: a control beside motcat",
         ),
     )
 }

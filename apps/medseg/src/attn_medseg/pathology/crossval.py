@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from attn_shared.config import RunConfig
 
 NAME = "crossval"
-KINDS = ("bags",)
+KINDS = ("bags", "survival")
 _HELP = """usage: medseg crossval [--data NAME_OR_PATH] [--model A,B,…] [options]
 
 Train every fold of bags or survival, repeatedly; one table of what the folds say together.
@@ -158,7 +158,7 @@ def save(
     order = sorted(found, key=lambda one: -every[one.name][task.primary]["mean"] * (1 if task.maximize else -1))
     trained = {one.model for one in configs}
     for one in order:
-        cells = [_cell(every[one.name][name], task.metric_format[name]) for name in names]
+        cells = [_cell(every[one.name].get(name), task.metric_format[name]) for name in names]
         label = one.name if one.name in trained else f"{one.name} (baseline)"
         lines.append(f"| {label} | {' | '.join(cells)} | {f'{one.seconds:.0f}' if one.name in trained else '-'} |")
     over = f"mean ± standard deviation over {repeats} repeats" if repeats > 1 else "one repeat"
@@ -200,7 +200,9 @@ def _keep(result: Result, repeat: int, row: Any) -> None:
     result.rows[repeat].append(row)
 
 
-def _cell(found: Mapping[str, Any], form: str) -> str:
+def _cell(found: Mapping[str, Any] | None, form: str) -> str:
+    if found is None:
+        return "-"
     text = f"{found['mean']:{form}}"
     text += f" ± {found['sd']:{form}}" if "sd" in found else ""
     return text + (f" [{found['from']:{form}}, {found['to']:{form}}]" if "from" in found else "")

@@ -21,7 +21,7 @@ def check_file(path: Path, args: BagsDataConfig | None = None) -> list[str]:
         corpus = read_path(path, args)
     except UserError as error:
         return [str(error)]
-    problems = [note for note in corpus.notes if note.endswith("left out")]
+    problems = [note for note in corpus.notes if "feature file" in note]
     sizes: Counter[int] = Counter()
     for bag in corpus.bags:
         try:
