@@ -193,7 +193,7 @@ class DAFConfig:
 
     backbone: str = "pyramid"
     channels: tuple[int, ...] = (32, 64, 96, 128)
-    width: int = 32
+    width: int = 16
     norm: str = "batch"
     guided: float = 0.25
     reconstruction: float = 0.1

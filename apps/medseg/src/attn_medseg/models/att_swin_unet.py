@@ -1,8 +1,8 @@
 """Attention Swin U-Net: a U of Swin blocks whose skips hand on attention, not tokens alone.
 
 "Attention Swin U-Net: Cross-Contextual Attention Mechanism for Skin Lesion Segmentation" (S81), in two axes and in
-three. Of the paper only the abstract and the figure settle what is here; the rest follows the official code
-(NITR098/AttSwinUNet), except where that code does not do what it is written for, see `AttSwinUNet`.
+three. The official code (NITR098/AttSwinUNet) is the source of every formula, except where it does not do what it is
+written for, see `AttSwinUNet`.
 
 Shapes: B images, L tokens on a grid of cells, C channels of a level, K classes, H heads, D channels of a head.
 """
