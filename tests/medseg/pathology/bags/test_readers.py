@@ -157,6 +157,14 @@ def test_bad_features_are_one_sentence(tmp_path: Path, values: Any, says: str) -
         features.read(tmp_path / "a.npy")
 
 
+def test_a_leading_axis_of_one_is_taken_off(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", features=np.ones((1, 4, 3)), coords=np.ones((1, 4, 2)))
+    found = features.read(tmp_path / "a.npz")
+    assert found.features.shape == (4, 3)
+    assert found.coords is not None
+    assert found.coords.shape == (4, 2)
+
+
 def test_truncated_files_and_ambiguous_ones(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", one=np.ones((2, 2)), other=np.ones((2, 2)))
     with pytest.raises(UserError, match="no array called features; it has: one, other"):

@@ -52,7 +52,8 @@ def read(path: Path) -> Instances:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path.name} cannot be read: {reason}") from None
-    return Instances(checked(features, path.name), _places(coords, len(features)))
+    found = checked(features, path.name)
+    return Instances(found, _places(coords, len(found)))
 
 
 def checked(features: Any, name: str) -> NDArray[np.float32]:

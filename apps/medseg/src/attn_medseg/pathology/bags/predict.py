@@ -60,7 +60,8 @@ def predict_files(task: BagsTask, inputs: Sequence[Path], output: Path, options:
                 write_atomically(target, table)
                 written.append(target)
         if broken:
-            raise UserError(f"{source.name}: {'; '.join(broken)}")
+            more = f" (and {len(broken) - 1} more bags)" if len(broken) > 1 else ""
+            raise UserError(f"{source.name}: {broken[0]}{more}")
         return written
 
     written, failed = one_by_one(sources, work, str)

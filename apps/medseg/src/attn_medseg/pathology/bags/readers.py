@@ -53,7 +53,8 @@ def read_path(path: Path, args: BagsDataConfig) -> Corpus:
     if suffix in features.SUFFIXES:
         return read_features([path])
     if suffix not in (".csv", ".tsv"):
-        raise UserError(f"{path.name} holds no bags; {cards.FILE_FORMATS}")
+        known = ", ".join(cards.FILE_SUFFIXES)
+        raise UserError(f"{path.name} holds no bags: it is no table and no file of features ({known})")
     columns = tables.header(path)
     wide = [one for one in columns if one not in (*tables.NAMES, *tables.PATIENTS, tables.LABEL, "instance", "part")]
     # A list of slides has no features of its own, or words beside them.

@@ -36,6 +36,7 @@ FORMAT: Mapping[str, str] = {
 """Metrics in the order of their weight: the first three stand in every table."""
 _GRID = 60
 _LEAST = 0.05  # chance of not being censored, below which weights would be wild
+_LEAST_CHANCE = 1e-12
 _TIE = 1e-8
 _BLOCK = 100
 
@@ -106,10 +107,10 @@ def brier(found: Scored, state: Mapping[str, Any]) -> Array:
 
 
 def curves(survival: Array, edges: Sequence[float], when: Array) -> Array:
-    """(N, T) chance of no event up to times: straight lines between the ends of intervals, the last value after."""
-    ends = np.asarray(edges, float)[1:]
-    known = np.concatenate([np.ones((len(survival), 1)), survival], axis=1)
-    return np.stack([np.interp(when, np.concatenate([[0.0], ends]), row) for row in known])
+    """(N, T) chance of no event up to times: the hazard is the same all through an interval, 0 after the last."""
+    ends = np.concatenate([[0.0], np.asarray(edges, float)[1:]])
+    known = np.log(np.maximum(np.concatenate([np.ones((len(survival), 1)), survival], axis=1), _LEAST_CHANCE))
+    return np.exp(np.stack([np.interp(when, ends, row) for row in known]))
 
 
 def figures(found: Scored, state: Mapping[str, Any], *, resamples: int = 0) -> dict[str, float]:

@@ -111,11 +111,11 @@ def _predict(task: SurvivalTask, patient: Patient, corpus: Corpus) -> tuple[floa
 
 
 def _median(edges: Sequence[float], survival: Sequence[float]) -> str:
-    """When the curve, straight between the ends of intervals, comes down to a half; empty where it does not."""
+    """When the curve, of one hazard within an interval, comes down to a half; empty where it does not."""
     times, values = list(edges), [1.0, *survival]
     for i in range(1, len(values)):
         if values[i] <= 0.5:
-            share = (values[i - 1] - 0.5) / (values[i - 1] - values[i])
+            share = math.log(values[i - 1] / 0.5) / math.log(values[i - 1] / max(values[i], 1e-12))
             return f"{times[i - 1] + share * (times[i] - times[i - 1]):.6g}"
     return ""
 
