@@ -9,7 +9,7 @@ from attn_medseg.pathology.bags.corpus import Bag, Corpus, Part
 COUNTS: dict[Part, int] = {"train": 180, "val": 40, "test": 80}
 FEATURES = 16
 _MARK = 4.0
-_PAIRS = 2
+_PAIRS = 3
 
 
 def synthetic() -> Corpus:
