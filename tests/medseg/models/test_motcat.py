@@ -148,3 +148,16 @@ def test_each_model_reads_what_it_says(name: str, genes: int, slides: int) -> No
 def test_bad_options_are_one_sentence(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make(SurvivalShape((3,), 4, 4))
+
+
+def test_evaluation_knows_autocast_and_float64() -> None:
+    torch.manual_seed(0)
+    model = MODELS["motcat"](SurvivalShape((3, 5), 6, 4)).eval()
+    genes, x, mask = torch.randn(2, 8), torch.randn(2, 7, 6), torch.ones(2, 7, dtype=torch.bool)
+    with torch.no_grad():
+        right = model(genes, x, mask).survival
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(genes, x, mask).survival
+        double = model.double()(genes.double(), x.double(), mask).survival
+    assert difference(half.float(), right) < 0.05
+    assert difference(double.float(), right) < 1e-5

@@ -224,8 +224,9 @@ def _self_normalising(widths: tuple[int, ...], dropout: float) -> nn.Sequential:
 
 
 def _transformer(config: MOTCatConfig) -> nn.TransformerEncoder:
+    # torch.relu, not "relu": the fused layer that PyTorch then takes in evaluation knows no autocast.
     layer = nn.TransformerEncoderLayer(
-        config.width, config.heads, 2 * config.width, config.dropout, activation="relu", batch_first=True
+        config.width, config.heads, 2 * config.width, config.dropout, activation=torch.relu, batch_first=True
     )
     return nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
 

@@ -55,7 +55,8 @@ class BagsTask(Task):
 
     def output(self, batch: Mapping[str, Tensor]) -> BagOutput:
         """What the model says of a batch."""
-        found: BagOutput = self.network(batch["x"], batch["mask"])
+        kind = next(self.network.parameters()).dtype  # pictures and files come in float32 to a model in float64
+        found: BagOutput = self.network(batch["x"].to(kind), batch["mask"])
         return found
 
     def forward_batch(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -54,7 +54,8 @@ class SurvivalTask(Task):
 
     def output(self, batch: Mapping[str, Tensor]) -> SurvivalOutput:
         """What the model says of a batch."""
-        found: SurvivalOutput = self.network(batch["genes"], batch["x"], batch["mask"])
+        kind = next(self.network.parameters()).dtype  # pictures and files come in float32 to a model in float64
+        found: SurvivalOutput = self.network(batch["genes"].to(kind), batch["x"].to(kind), batch["mask"])
         return found
 
     def forward_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
