@@ -201,7 +201,7 @@ def test_bags_of_a_patient_stay_together_and_statistics_are_of_training(tmp_path
     values = np.concatenate([bag.read().features for bag in sets[0].bags])
     assert bundle.state["mean"][0] == pytest.approx(values.mean(), rel=1e-5)
     assert bundle.state["scale"][0] == pytest.approx(values.std(), rel=1e-4)
-    train = np.concatenate([sets[0].instances(i) for i in range(len(sets[0]))])
+    train = np.concatenate([sets[0].pieces(i) for i in range(len(sets[0]))])
     assert abs(train.mean()) < 1e-4
 
 

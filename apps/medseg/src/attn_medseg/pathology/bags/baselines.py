@@ -21,14 +21,14 @@ def predictions(train: BagSet, test: BagSet) -> dict[str, tuple[str, Scored]]:
     share = np.bincount(label, minlength=classes) / len(label)
     found = {"majority": ("the share of each class in training", np.tile(share, (len(test), 1)))}
     for name, pool in (("mean", np.mean), ("max", np.max)):
-        own, other = (np.stack([pool(part.instances(i), axis=0) for i in range(len(part))]) for part in (train, test))
+        own, other = (np.stack([pool(part.pieces(i), axis=0) for i in range(len(part))]) for part in (train, test))
         note = f"logistic regression on the {name} of a bag's instances"
         found[f"{name} pooling"] = (note, _Logistic(own, label, classes)(other))
     single = _single(train, label, classes)
     if single is not None:
         chances = []
         for i in range(len(test)):
-            each = single(test.instances(i))
+            each = single(test.pieces(i))
             chances.append(each[each[:, -1].argmax()] if classes == 2 else each.mean(axis=0))
         note = "logistic regression on instances, each with its bag's label; a bag is its most positive instance"
         if classes > 2:
@@ -44,7 +44,7 @@ def _single(train: BagSet, label: NDArray[np.int64], classes: int) -> _Logistic 
     """On instances; None where there are too many."""
     bags = []
     for i in range(len(train)):
-        bags.append(train.instances(i))
+        bags.append(train.pieces(i))
         if sum(map(len, bags)) > _MOST_INSTANCES:
             return None
     return _Logistic(np.concatenate(bags), np.repeat(label, [len(one) for one in bags]), classes)

@@ -14,21 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from attn_medseg.pathology import splits
 from attn_medseg.pathology.bags.corpus import Bag, Corpus
 from attn_medseg.pathology.bags.options import BagsDataConfig
 from attn_medseg.pathology.bags.readers import load_corpus
+from attn_medseg.pathology.pieces import PiecesSet
 from attn_shared.bundle import DataBundle
 from attn_shared.errors import UserError
-from attn_shared.seeding import derive
 
 PARTS = ("train", "val", "test")
-_KEPT = 2 << 30  # bytes of files kept in memory
 
 
-class BagSet(Dataset[dict[str, Tensor]]):
+class BagSet(PiecesSet):
     """The bags of one part.
 
     Args:
@@ -38,41 +36,18 @@ class BagSet(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, bags: Sequence[Bag], state: Mapping[str, Any], *, most: int = 0) -> None:
+        super().__init__(len(bags), most=most)
         self.bags = tuple(bags)
         self.state = state
-        self.most = most
-        self._seed, self._epoch = 0, 0
-        self._kept: dict[int, NDArray[np.float32]] = {}
-        self._bytes = 0
         patients = {name: number for number, name in enumerate(dict.fromkeys(bag.patient for bag in bags))}
         self.patients = [patients[bag.patient] for bag in bags]
 
-    def __len__(self) -> int:
-        return len(self.bags)
-
-    def set_epoch(self, seed: int, epoch: int) -> None:
-        """Which instances are drawn follows from seed, epoch and index."""
-        self._seed, self._epoch = seed, epoch
-
-    def instances(self, index: int) -> NDArray[np.float32]:
-        """(N, C) standardised instances of a bag, all of them."""
-        if index in self._kept:
-            return self._kept[index]
-        values = standardised(self.bags[index].read().features, self.state, self.bags[index].name)
-        if self._bytes + values.nbytes <= _KEPT:
-            self._kept[index] = values
-            self._bytes += values.nbytes
-        return values
+    def read(self, index: int) -> NDArray[np.float32]:
+        bag = self.bags[index]
+        return standardised(bag.read().features, self.state, bag.name)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        found = []
-        for index in indices:
-            values = self.instances(index)
-            if self.most and len(values) > self.most:
-                rng = np.random.default_rng(derive(self._seed, "instances", self._epoch, index))
-                values = values[np.sort(rng.permutation(len(values))[: self.most])]
-            found.append(values)
-        x, mask = padded(found)
+        x, mask = self.drawn(indices)
         return {
             "x": x,
             "mask": mask,
@@ -97,17 +72,6 @@ def standardised(values: NDArray[np.float32], state: Mapping[str, Any], name: st
         return values
     mean, scale = (np.asarray(state[one], np.float32) for one in ("mean", "scale"))
     return (values - mean) / scale
-
-
-def padded(bags: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """(B, N, C) and (B, N) of bags of different sizes."""
-    longest = max(len(one) for one in bags)
-    x = torch.zeros(len(bags), longest, bags[0].shape[1])
-    mask = torch.zeros(len(bags), longest, dtype=torch.bool)
-    for row, one in enumerate(bags):
-        x[row, : len(one)] = torch.from_numpy(one)
-        mask[row, : len(one)] = True
-    return x, mask
 
 
 def load_bundle(

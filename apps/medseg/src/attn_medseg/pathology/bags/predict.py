@@ -13,9 +13,10 @@ import torch
 
 from attn_medseg.pathology import features, tables
 from attn_medseg.pathology.bags.corpus import Bag
-from attn_medseg.pathology.bags.data import padded, standardised
+from attn_medseg.pathology.bags.data import standardised
 from attn_medseg.pathology.bags.options import BagsDataConfig
 from attn_medseg.pathology.bags.readers import read_path
+from attn_medseg.pathology.pieces import padded
 from attn_shared.errors import UserError
 from attn_shared.inputs import one_by_one, refuse
 from attn_shared.runs import slug, write_atomically

@@ -15,24 +15,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from attn_medseg.pathology import splits
-from attn_medseg.pathology.bags.data import padded
+from attn_medseg.pathology.pieces import PiecesSet
 from attn_medseg.pathology.survival.corpus import Corpus, Patient
 from attn_medseg.pathology.survival.estimates import kaplan_meier
 from attn_medseg.pathology.survival.options import SurvivalDataConfig
 from attn_medseg.pathology.survival.readers import load_corpus
 from attn_shared.bundle import DataBundle
 from attn_shared.errors import UserError
-from attn_shared.seeding import derive
 
 PARTS = ("train", "val", "test")
-_KEPT = 2 << 30  # bytes of files kept in memory
 _HORIZON = 0.9  # quantile of training's times to which the Brier score goes
 
 
-class PatientSet(Dataset[dict[str, Tensor]]):
+class PatientSet(PiecesSet):
     """The patients of one part.
 
     Args:
@@ -45,42 +42,19 @@ class PatientSet(Dataset[dict[str, Tensor]]):
     def __init__(
         self, patients: Sequence[Patient], genes: Sequence[str], state: Mapping[str, Any], *, most: int = 0
     ) -> None:
+        super().__init__(len(patients), most=most)
         self.patients = tuple(patients)
         self.state = state
-        self.most = most
         self.genes = gene_values(self.patients, genes, state)
         self.time = np.array([one.time for one in patients])
         self.event = np.array([one.event for one in patients], dtype=bool)
-        self._seed, self._epoch = 0, 0
-        self._kept: dict[int, NDArray[np.float32]] = {}
-        self._bytes = 0
 
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    def set_epoch(self, seed: int, epoch: int) -> None:
-        """Which patches are drawn follows from seed, epoch and index."""
-        self._seed, self._epoch = seed, epoch
-
-    def patches(self, index: int) -> NDArray[np.float32]:
+    def read(self, index: int) -> NDArray[np.float32]:
         """(N, C); one patch of zeros where the data have no slides."""
-        if index not in self._kept:
-            values = patches_of(self.patients[index], self.state)
-            if self._bytes + values.nbytes > _KEPT:
-                return values
-            self._kept[index] = values
-            self._bytes += values.nbytes
-        return self._kept[index]
+        return patches_of(self.patients[index], self.state)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        found = []
-        for index in indices:
-            values = self.patches(index)
-            if self.most and len(values) > self.most:
-                rng = np.random.default_rng(derive(self._seed, "patches", self._epoch, index))
-                values = values[np.sort(rng.permutation(len(values))[: self.most])]
-            found.append(values)
-        x, mask = padded(found)
+        x, mask = self.drawn(indices)
         own = list(indices)
         return {
             "genes": torch.from_numpy(self.genes[own]),

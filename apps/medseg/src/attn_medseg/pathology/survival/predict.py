@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from attn_medseg.pathology.bags.data import padded
+from attn_medseg.pathology.pieces import padded
 from attn_medseg.pathology.survival.corpus import Corpus, Patient
 from attn_medseg.pathology.survival.data import gene_values, patches_of
 from attn_medseg.pathology.survival.options import SurvivalDataConfig
