@@ -163,7 +163,7 @@ class MAAGConfig(GatedUNetConfig):
         squeeze: channels of the discriminator's features where a coarser mask joins them.
         noise: deviation of what is added to the masks that the discriminator reads.
         flip: how often the discriminator is told the contrary, a share of its calls.
-        flip_form: "label" as the paper; "sign" as the official code, whose flips leave gradients as they are.
+        flip_form: "label" turns what is asked for; "sign" as the official code: flips leave gradients as they are.
     """
 
     adversary: bool = True

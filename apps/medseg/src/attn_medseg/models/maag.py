@@ -1,7 +1,8 @@
 """Scribbles and unpaired masks: a U-Net whose gates are segmentations, and a discriminator that looks at all of them.
 
-"Learning to Segment from Scribbles using Multi-scale Adversarial Attention Gates" (S195). The official code
-(gvalvano/multiscale-adversarial-attention-gates) is the source where the paper leaves something open.
+"Learning to Segment from Scribbles using Multi-scale Adversarial Attention Gates" (S195). Of the paper the
+abstract was at hand; equations and constants are those of its official code,
+gvalvano/multiscale-adversarial-attention-gates.
 
 Segmentor, level i of the decoder, skip s_i:  u = norm(conv(nearest(y_{i+1}))), f = block([u, s_i]), g = block(f),
                                               m_i = softmax(conv f), y_i = g · Σ_{k > 0} m_i[k]
@@ -12,7 +13,7 @@ Real masks are given at full size and resized; of the segmentor's, p_0 is its ou
     L_D = ½ (D(real) - 1)² + ½ (D(fake) + 1)²       L_G = ½ (D(fake) - 1)²
     L   = w L_S + λ L_G,  w = |L_G / L_S| held fixed,  λ = 0.1
 
-L_S is the task's loss on drawn voxels; the paper's is the cross-entropy with classes weighted by their rarity
+L_S is the task's loss on drawn voxels; the official one is the cross-entropy with classes weighted by their rarity
 (`--task_args.loss ce --task_args.class_weights true`, which differs by a factor that w takes away). Both sides are
 lowered in one step of one optimiser: L_D reads masks whose gradient stops, L_G reads a discriminator whose weights are
 held, so that neither side's gradient reaches the other.

@@ -1,7 +1,7 @@
 """Gates that are segmentations: maps of classes, which a discriminator can judge, say where features are let through.
 
-"Learning to Segment from Scribbles using Multi-scale Adversarial Attention Gates" (S195), section III-B. Maps come out
-beside the gated features, so the gate is no `FeatureGate` and not among the registered mechanisms.
+"Learning to Segment from Scribbles using Multi-scale Adversarial Attention Gates" (S195), as in its official
+code. Maps come out beside the gated features, so the gate is no `FeatureGate` and not among the registered mechanisms.
 """
 
 from __future__ import annotations
