@@ -101,3 +101,15 @@ def test_ci_runs_the_readme_test_command() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make demo" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_text_of_child_processes_names_its_encoding() -> None:
+    """Libraries change the locale of the process they are in, and so what text is where no encoding is named."""
+    unnamed = ("text=" + "True", "universal_newlines=" + "True")
+    found = [
+        path.relative_to(ROOT)
+        for folder in ("packages", "shared", "apps", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in unnamed)
+    ]
+    assert found == []
