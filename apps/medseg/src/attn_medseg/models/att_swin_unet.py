@@ -23,6 +23,7 @@ from attn_medseg.config import AttSwinUNetConfig
 from attn_medseg.models.base import ImageShape, Segmenter
 from attn_medseg.models.convolutions import CONVOLUTIONS, as_image, as_tokens, check_levels
 from attn_medseg.models.daeformer import Expand, Grid
+from attn_medseg.models.official import Rename, renamed
 from attn_shared.errors import UserError
 from core_attn import ops
 from core_attn.api import build
@@ -379,7 +380,7 @@ def _check(config: AttSwinUNetConfig) -> None:
 # -- official weights -------------------------------------------------------------------------------------------------
 
 _UNUSED = re.compile(r"^patch_embed\.|^decoder\.norm\.|\.(attn_mask|relative_position_index)$")
-_RENAMES = (
+_RENAMES: tuple[Rename, ...] = (
     (r"^encoder\.patch_embed\.proj\.", "embed."),
     (r"^encoder\.patch_embed\.norm\.", "embed_norm."),
     (r"^encoder\.norm\.", "norm."),
@@ -426,17 +427,13 @@ def from_official(weights: Mapping[str, Tensor], *, window: int = 7, channels: i
         raise UserError(f"the official SwinAttentionUnet reads images of 1 or 3 channels, not {channels}")
     ours: dict[str, Tensor] = {}
     coarsest = max((int(key.split(".layers_up.")[1][0]) for key in weights if ".layers_up." in key), default=1)
-    for official, tensor in weights.items():
-        key = official.removeprefix("module.")
-        if _UNUSED.search(key):
-            continue
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+    renames: list[Rename] = [
+        *_RENAMES,
         # The official decoder's first layer is what brings the coarsest tokens up.
-        key = re.sub(r"^levels\.(\d)", lambda found: f"levels.{int(found[1]) - 1}", key)
-        key = re.sub(r"^context\.(\d)", lambda found: f"levels.{coarsest - 1 - int(found[1])}.context", key)
-        if not _OURS.match(key):
-            raise UserError(f"{official!r} is not a weight of SwinAttentionUnet")
+        (r"^levels\.(\d)", lambda found: f"levels.{int(found[1]) - 1}"),
+        (r"^context\.(\d)", lambda found: f"levels.{coarsest - 1 - int(found[1])}.context"),
+    ]
+    for key, tensor in renamed(weights, renames, ours=_OURS, unused=_UNUSED, network="SwinAttentionUnet"):
         if "merges." in key and "norm" not in key:
             ours[key] = _columns_first(tensor)
         elif "merges." in key:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attn_medseg.config import DAEFormerConfig
 from attn_medseg.models.base import ImageShape, Segmenter
 from attn_medseg.models.convolutions import CONVOLUTIONS, as_image, as_tokens, check_levels
+from attn_medseg.models.official import Rename, renamed
 from attn_shared.errors import UserError
 from core_attn import ops
 from core_attn.api import build
@@ -334,7 +335,7 @@ def _check(config: DAEFormerConfig) -> None:
 # -- official weights -------------------------------------------------------------------------------------------------
 
 _UNUSED = re.compile(r"^decoder_2\.(x1_linear|cross_attn|concat_linear|layer_former_\d)\.|\.mlp\d?\.norm[23]\.")
-_RENAMES = (
+_RENAMES: tuple[Rename, ...] = (
     (r"^backbone\.patch_embed(\d)\.proj\.", r"stages.\1.embedding.conv."),
     (r"^backbone\.patch_embed(\d)\.", r"stages.\1.embedding."),
     (r"^backbone\.block(\d)\.", r"stages.\1.blocks."),
@@ -369,6 +370,7 @@ _RENAMES = (
     (r"(\.ffn\d?)\.dwconv\.dwconv\.", r"\1.conv."),
     (r"(\.ffn\d?)\.norm1\.", r"\1.norm."),
     (r"(\.ffn\d?)\.fc2\.", r"\1.leave."),
+    (r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}"),
 )
 _OURS = re.compile(r"^(stages|levels|expand|head)\.")
 
@@ -390,15 +392,7 @@ def from_official(weights: Mapping[str, Tensor], *, channels: int = 3) -> dict[s
     if channels not in (1, 3):
         raise UserError(f"the official DAE-Former reads images of 1 or 3 channels, not {channels}")
     ours: dict[str, Tensor] = {}
-    for official, tensor in weights.items():
-        key = official.removeprefix("module.")
-        if _UNUSED.search(key):
-            continue
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        key = re.sub(r"^stages\.(\d)", lambda found: f"stages.{int(found[1]) - 1}", key)
-        if not _OURS.match(key):
-            raise UserError(f"{official!r} is not a weight of DAE-Former")
+    for key, tensor in renamed(weights, _RENAMES, ours=_OURS, unused=_UNUSED, network="DAE-Former"):
         if key.endswith(".channels.qkv.weight"):
             for name, part in zip("qkv", tensor.chunk(3)):
                 ours[key.replace("qkv", f"{name}_proj")] = part

@@ -1,7 +1,7 @@
 """Multi-scale self-guided attention: position and channel attention, refined twice under the eye of autoencoders.
 
-"Multi-scale self-guided attention for medical image segmentation" (S71), in two axes and in three. The official code
-(sinAshish/Multi-Scale-Attention) is the source where the paper leaves something open.
+"Multi-scale self-guided attention for medical image segmentation" (S71), in two axes and in three. Of the paper the
+abstract was at hand; the formulas are those of its official code, sinAshish/Multi-Scale-Attention.
 
 Maps of four scales, each brought to `width` channels and to the grid of the finest, 1/4 of the image: F_s. With
 M = fuse([F_4, …, F_1]) and an autoencoder E, D for each of the two passes i, shared by the scales:
@@ -33,8 +33,8 @@ from attn_medseg.config import DAFConfig
 from attn_medseg.models.agunet import Positions
 from attn_medseg.models.base import Criterion, ImageShape, Segmenter
 from attn_medseg.models.convolutions import CONVOLUTIONS, TRANSPOSED, as_tokens, check, double, normalisation, resized
+from attn_medseg.models.official import Rename, renamed
 from attn_medseg.models.pad import crop, pad
-from attn_shared.errors import UserError
 from core_attn.api import build
 from core_attn.mechanisms.channel.dual import ChannelAffinityGate, PositionAttention
 
@@ -434,7 +434,7 @@ def _semantic(found: re.Match[str]) -> str:
 
 
 _UNUSED = re.compile(r"^(conv[67]_|attention\d\.|refine\d\.|resnext\.fc\.)")
-_RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+_RENAMES: tuple[Rename, ...] = (
     (r"^resnext\.layer0\.0\.", "backbone.conv1."),
     (r"^resnext\.layer0\.1\.", "backbone.bn1."),
     (r"^resnext\.layer1\.1\.", "backbone.layer1."),
@@ -472,13 +472,6 @@ def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: a key that is none of DAF_stack's.
     """
     ours: dict[str, Tensor] = {}
-    for official, tensor in weights.items():
-        key = official.removeprefix("module.")
-        if _UNUSED.search(key):
-            continue
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        if not _OURS.match(key):
-            raise UserError(f"{official!r} is not a weight of DAF_stack")
+    for key, tensor in renamed(weights, _RENAMES, ours=_OURS, unused=_UNUSED, network="DAF_stack"):
         ours[key] = tensor.flatten(1) if "_proj.weight" in key else tensor
     return ours

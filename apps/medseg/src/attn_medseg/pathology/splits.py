@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from attn_shared.errors import UserError
 from attn_shared.seeding import derive
+
+Part = Literal["", "train", "val", "test"]
+"""What a table says of a line's part; nothing where it says nothing."""
+
+
+def part_of(text: object, path: Path) -> Part:
+    """A cell of a column `part`, empty or missing where it says nothing.
+
+    Raises:
+        UserError: another word.
+    """
+    word = "" if text != text else str(text).strip().lower()
+    if word not in ("", "train", "val", "test"):
+        raise UserError(f"{path.name}: part is {text!r}; it may be train, val or test")
+    return word  # type: ignore[return-value]
 
 
 def check(folds: int, fold: int | None, val: float, test: float) -> None:

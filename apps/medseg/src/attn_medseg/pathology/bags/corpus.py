@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_medseg.pathology import features
-
-Part = Literal["", "train", "val", "test"]
+from attn_medseg.pathology.splits import Part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from attn_medseg.pathology import features, tables
 from attn_medseg.pathology.bags import cards
-from attn_medseg.pathology.bags.corpus import Bag, Corpus, Part
+from attn_medseg.pathology.bags.corpus import Bag, Corpus
 from attn_medseg.pathology.bags.options import BagsDataConfig
+from attn_medseg.pathology.splits import part_of
 from attn_shared import datasets
 from attn_shared.errors import UserError
 
@@ -114,7 +115,7 @@ def read_table(path: Path, args: BagsDataConfig) -> Corpus:
             patient=(constant(patient, bag) if patient else "") or bag,
             label=classes.index(labels[bag]) if labels[bag] else _UNKNOWN,
             instances=values[own],
-            part=_part(constant("part", bag), path) if "part" in others else "",
+            part=part_of(constant("part", bag), path) if "part" in others else "",
             names=tuple(told["instance"][row] for row in own) if "instance" in others else (),
         )
         for bag, own in rows.items()
@@ -153,7 +154,7 @@ def read_slides(path: Path, args: BagsDataConfig) -> Corpus:
             patient=(frame[patient].iloc[row].strip() if patient else "") or slide,
             label=classes.index(labels[row]) if labels[row] else _UNKNOWN,
             instances=files[slide],
-            part=_part(frame["part"].iloc[row], path) if "part" in columns else "",
+            part=part_of(frame["part"].iloc[row], path) if "part" in columns else "",
         )
         for row, slide in enumerate(slides)
         if slide in files
@@ -231,13 +232,6 @@ def _classes(labels: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(found, key=float))
     except ValueError:
         return tuple(found)
-
-
-def _part(text: str, path: Path) -> Part:
-    word = text.strip().lower()
-    if word not in ("", "train", "val", "test"):
-        raise UserError(f"{path.name}: part is {text!r}; it may be train, val or test")
-    return word  # type: ignore[return-value]
 
 
 def _listed(names: Sequence[str], what: str, done: str) -> list[str]:

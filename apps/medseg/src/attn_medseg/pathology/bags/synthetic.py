@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_medseg.pathology.bags.corpus import Bag, Corpus, Part
+from attn_medseg.pathology.bags.corpus import Bag, Corpus
+from attn_medseg.pathology.splits import Part
 
 COUNTS: dict[Part, int] = {"train": 180, "val": 40, "test": 80}
 FEATURES = 16

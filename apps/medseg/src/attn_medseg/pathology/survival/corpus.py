@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_medseg.pathology import features
+from attn_medseg.pathology.splits import Part
 from attn_shared.errors import UserError
-
-Part = Literal["", "train", "val", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attn_medseg.pathology import features, tables
-from attn_medseg.pathology.survival.corpus import Corpus, Part, Patient
+from attn_medseg.pathology.splits import part_of
+from attn_medseg.pathology.survival.corpus import Corpus, Patient
 from attn_medseg.pathology.survival.options import SurvivalDataConfig
 from attn_shared.errors import UserError
 
@@ -112,7 +113,7 @@ def read_path(path: Path, args: SurvivalDataConfig, *, known: bool = True) -> Co
                 event=event,
                 genes=values[own[0]],
                 slides=tuple(slides),
-                part=_part(frame["part"].iloc[own[0]], path) if "part" in columns else "",
+                part=part_of(frame["part"].iloc[own[0]], path) if "part" in columns else "",
             )
         )
     notes = list(cells.notes)
@@ -169,10 +170,3 @@ def _groups(path: Path, args: SurvivalDataConfig, genes: Sequence[str]) -> dict[
     if not groups and genes:
         raise UserError(f"{file.name} names no gene that is a column of {path.name}")
     return groups
-
-
-def _part(text: object, path: Path) -> Part:
-    word = "" if text != text else str(text).strip().lower()
-    if word not in ("", "train", "val", "test"):
-        raise UserError(f"{path.name}: part is {text!r}; it may be train, val or test")
-    return word  # type: ignore[return-value]

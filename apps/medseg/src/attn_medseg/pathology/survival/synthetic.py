@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_medseg.pathology.survival.corpus import Corpus, Part, Patient
+from attn_medseg.pathology.splits import Part
+from attn_medseg.pathology.survival.corpus import Corpus, Patient
 
 COUNTS: dict[Part, int] = {"train": 480, "val": 80, "test": 160}
 GROUPS, EACH, FEATURES = 6, 6, 24
