@@ -24,7 +24,7 @@ def test_an_honest_mechanism_passes(toy):
     assert [r.name for r in report] == list(CHECKS)
     assert {r.name for r in report if r.outcome is Outcome.NOT_CLAIMED} == {"backends", "decoding", "cost"}
     assert report["growth_time"].detail.startswith("claimed L^2; exponent 1.99")
-    assert "toy: 19 passed, 0 failed, 3 not claimed" in str(report)
+    assert "toy: 20 passed, 0 failed, 3 not claimed" in str(report)
     assert report.to_dict()["results"][0]["outcome"] == "passed"
 
 
@@ -120,6 +120,16 @@ BROKEN = {
     "batch in training": ("batch", {"attend": mixes_batch_in_training}, {"patterns": SELF}),
     "batch of one": ("batch", {"attend": one_sample_differs}, {"patterns": SELF}),
     "precision": ("precision", {"attend": lambda self, q, k, v, **_: softmax(q, k) @ v + v.dtype.itemsize}, {}),
+    "autocast dtypes": (
+        "autocast",
+        {"attend": lambda self, q, k, v, **_: torch.lerp(v, v.to(next(self.parameters()).dtype), 0.5)},
+        {},
+    ),
+    "autocast numbers": (
+        "autocast",
+        {"attend": lambda self, q, k, v, **_: softmax(q, k) @ v + torch.is_autocast_enabled("cpu")},
+        {},
+    ),
     "dtype": ("shape", {"forward": lambda self, x, **call: MultiHeadMixer.forward(self, x, **call).float()}, {}),
     "float32 inside": ("gradients", {"attend": wrong_dtype}, {"patterns": SELF}),
     "determinism": ("determinism", {"attend": random}, {"patterns": SELF}),
@@ -182,6 +192,8 @@ def test_each_break_fails_for_its_own_reason(variant):
     assert "train: the rest of the batch" in detail("batch in training")
     assert "a sample alone" in detail("batch of one")
     assert "x of float64 gives float32" in detail("dtype")
+    assert "expected dtype" in detail("autocast dtypes")
+    assert "the output under autocast is off by" in detail("autocast numbers")
     assert "two evaluations" in detail("determinism")
     assert "global random state" in detail("draws unseen")
     assert "writes into its input" in detail("input written")

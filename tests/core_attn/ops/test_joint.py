@@ -146,7 +146,7 @@ def test_bad_input_is_one_sentence() -> None:
         ({"group": 0}, "group must be a positive"),
         ({"dropout": 1.0}, "dropout must lie"),
         ({"lin_k": lin_k[..., :1]}, "lin_q and lin_k must have shape"),
-        ({"lin_q": lin_q.float(), "lin_k": lin_k.float()}, "must have the dtype of q"),
+        ({"lin_q": lin_q.float(), "lin_k": lin_k.float()}, "q, lin_q and lin_k must have one floating dtype"),
         ({"count": torch.ones(2)}, "count must have shape"),
     ):
         with pytest.raises(ValueError, match=words):

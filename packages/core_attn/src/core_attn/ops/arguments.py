@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None =
         raise ValueError(f"q (B, H, L, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) do not fit: got {_shapes(q, k, v)}")
     if k.shape[1] != q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_dtypes(q=q, k=k, v=v)
     if key_padding_mask is not None:
         if key_padding_mask.dtype is not torch.bool:
             raise ValueError(f"key_padding_mask must be boolean (True = real token), got {key_padding_mask.dtype}")
@@ -28,6 +29,37 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None =
                 f"key_padding_mask must have shape (B, M) = {(k.shape[0], k.shape[2])}, "
                 f"got {tuple(key_padding_mask.shape)}"
             )
+
+
+def check_dtypes(**tensors: Tensor) -> None:
+    """Refuse tensors, by name, of several dtypes, or of one that is not floating point.
+
+    Under autocast float32 and half precision may meet, as in PyTorch's own operators: a norm or an exponential before
+    the operator gives float32 beside the halves of linear layers, and `autocast_dtype` brings them together.
+
+    Raises:
+        ValueError: which dtypes they have.
+    """
+    dtypes = [t.dtype for t in tensors.values()]
+    if all(dtype.is_floating_point for dtype in dtypes):
+        device = next(iter(tensors.values())).device.type
+        if len(set(dtypes)) == 1 or (torch.is_autocast_enabled(device) and torch.float64 not in dtypes):
+            return
+    raise ValueError(f"{_listed(tensors)} must have one floating dtype, got {_listed(map(str, dtypes))}")
+
+
+def autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on and one of them is float32; else as they are."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and any(t.dtype is torch.float32 for t in tensors):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(t.to(dtype) for t in tensors)
+    return tensors
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -42,10 +74,7 @@ def prepare_qkv(
 
     Weights of exactly zero do not protect from NaN: 0 * NaN is NaN, forward and backward.
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype is torch.float32:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast_dtype(q, k, v)
     if key_padding_mask is not None:
         padding = ~key_padding_mask[:, None, :, None]
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)

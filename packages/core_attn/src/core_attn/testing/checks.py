@@ -242,6 +242,39 @@ def check_precision(s: Subject) -> str:
     return ", ".join(f"{name_of(d)} {e:.0e}" for d, e in worst.items())
 
 
+def check_autocast(s: Subject) -> str:
+    """Weights in float32 under torch.autocast to bfloat16: outputs and gradients near those of float64.
+
+    Where bfloat16 throughout is further off than its tolerance (a norm of nearly nothing magnifies any rounding),
+    autocast may be as far off as that, and half as much more.
+    """
+    worst = [0.0, 0.0]
+    low = torch.bfloat16
+    for pattern in s.patterns:
+        length = max(33, s.info.min_length)
+        right = with_gradients(s.make(pattern), with_grad(s.inputs(pattern, length)), {})
+        mixer, call = s.make(pattern, torch.float32), with_grad(s.inputs(pattern, length, dtype=torch.float32))
+        got = with_gradients(mixer, call, {}, autocast=low)
+        if any(g.dtype is not torch.float32 for g in got[1:]):
+            raise Broken(f"{pattern}: gradients of float32 inputs and weights are not float32")
+        rounded: list[Tensor] = []
+        for at, (what, (a, b)) in enumerate(zip(("output", "gradient"), pairs(got, right))):
+            error, allowed = error_of(a, b), TOLERANCE[low]
+            if s.info.selects and at == 0:
+                # As in `check_precision`: rounding may swap two choices.
+                error = ((a.double() - b).abs().amax(-1) / b.abs().max()).flatten().median().item()
+            elif s.info.selects and a.isfinite().all():
+                continue
+            if error > allowed and error != float("inf"):
+                call = with_grad(s.inputs(pattern, length, dtype=low))
+                rounded = rounded or with_gradients(s.make(pattern, low), call, {})
+                allowed = max(allowed, 1.5 * error_of(*list(pairs(rounded, right))[at]))
+            if not error <= allowed:
+                raise Broken(f"{pattern}: the {what} under autocast is off by {error:.1e}, allowed {allowed:.0e}")
+            worst[at] = max(worst[at], error)
+    return f"output {worst[0]:.0e}, gradients {worst[1]:.0e}" if worst[1] else f"output {worst[0]:.0e}"
+
+
 def check_backends(s: Subject) -> str:
     """Every backend gives the reference's outputs and gradients, or refuses with a reason."""
     operator = api.operator_of(s.info)
@@ -713,6 +746,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "causal": check_causal,
     "padding": check_padding,
     "precision": check_precision,
+    "autocast": check_autocast,
     "backends": check_backends,
     "gradients": check_gradients,
     "double_backward": check_double_backward,

@@ -53,9 +53,12 @@ def seeded(mixer: nn.Module, call: dict[str, Any], more: dict[str, Any]) -> Tens
     return run(mixer, call, **more)  # type: ignore[arg-type]
 
 
-def with_gradients(mixer: nn.Module, call: dict[str, Any], more: dict[str, Any]) -> list[Tensor]:
-    """Output, then the gradients of a fixed scalar of it for the inputs and the parameters."""
-    out = seeded(mixer, call, more)
+def with_gradients(
+    mixer: nn.Module, call: dict[str, Any], more: dict[str, Any], *, autocast: torch.dtype | None = None
+) -> list[Tensor]:
+    """Output, forward under `autocast`, then the gradients of a fixed scalar of it for inputs and parameters."""
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = seeded(mixer, call, more)
     leaves = [call[k] for k in tensor_names(call)] + [*mixer.parameters()]
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     gradients = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
@@ -57,5 +58,7 @@ def auto_correlation(
         )
     if not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}")
-    out: Tensor = AUTO_CORRELATION(q, k, v, factor=factor, batch_delays=batch_delays, backend=backend)
+    # Delays are chosen by R: rounding would choose others.
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = AUTO_CORRELATION(q, k, v, factor=factor, batch_delays=batch_delays, backend=backend)
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
+from core_attn.ops.arguments import autocast_dtype, check_dtypes
 from core_attn.ops.flow.chunked import FlowState, flow_attention_chunked, flow_attention_step
 from core_attn.ops.flow.reference import flow_attention_reference
 
@@ -65,12 +66,12 @@ def flow_attention(
             "flow_attention takes k and v of one batch, head count and length, and q and k of one width, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_dtypes(q=q, k=k, v=v)
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal flow_attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     if causal:
         query_padding_mask = key_padding_mask
+    q, k, v = autocast_dtype(q, k, v)
     out: Tensor = FLOW(
         q,
         k,

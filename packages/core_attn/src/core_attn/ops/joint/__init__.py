@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
-from core_attn.ops.arguments import check_qkv, prepare_qkv
+from core_attn.ops.arguments import check_dtypes, check_qkv, prepare_qkv
 from core_attn.ops.joint import grouped, reference
 
 OPERATOR = Operator(
@@ -68,8 +68,7 @@ def joint_attention(
             f"lin_q and lin_k must have shape {tuple(q.shape[:3])} + (D,), "
             f"got {tuple(lin_q.shape)} and {tuple(lin_k.shape)}"
         )
-    if not lin_q.dtype == lin_k.dtype == q.dtype:
-        raise ValueError(f"lin_q and lin_k must have the dtype of q, {q.dtype}, got {lin_q.dtype} and {lin_k.dtype}")
+    check_dtypes(q=q, lin_q=lin_q, lin_k=lin_k)
     if group < 1:
         raise ValueError(f"group must be a positive number of tokens, got {group}")
     if not 0 <= dropout < 1:

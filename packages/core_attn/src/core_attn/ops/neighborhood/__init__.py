@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
+from core_attn.ops.arguments import autocast_dtype, check_dtypes
 from core_attn.ops.neighborhood import reference, tiled, triton
 
 OPERATOR = Operator(
@@ -89,12 +89,9 @@ def neighborhood_attention(
     if q.shape[2]:
         _check_windows(grid, kernel_size, dilation, stride)
     _check_additions(q, k, v, rpb, extra_k, extra_v, kernel_size)
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype is torch.float32:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if extra_k is not None and extra_v is not None:
-            extra_k, extra_v = extra_k.to(dtype), extra_v.to(dtype)
+    q, k, v = autocast_dtype(q, k, v)
+    if extra_k is not None and extra_v is not None:
+        extra_k, extra_v = extra_k.to(q.dtype), extra_v.to(q.dtype)
     if extra_k is not None and not extra_k.shape[2]:
         extra_k = extra_v = None
     # Not called `causal`: a request's causality is that of a sequence, this is one bool an axis.
@@ -134,8 +131,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
         raise ValueError(f"the grid holds {tokens} tokens, but q and k have {q.shape[2]} and {k.shape[2]}")
     if k.shape[1] != q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_dtypes(q=q, k=k, v=v)
 
 
 def _check_windows(
@@ -175,8 +171,7 @@ def _check_additions(
                 f"extra_k (B, Hkv, N, D) and extra_v (B, Hkv, N, Dv) do not fit k and v: "
                 f"got {_shapes(extra_k, extra_v)} beside {_shapes(k, v)}"
             )
-        if not extra_k.dtype == extra_v.dtype == k.dtype:
-            raise ValueError(f"extra_k and extra_v must have the dtype of k, got {extra_k.dtype} and {extra_v.dtype}")
+        check_dtypes(k=k, extra_k=extra_k, extra_v=extra_v)
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator, Request
-from core_attn.ops.arguments import default_scale, prepare_qkv
+from core_attn.ops.arguments import check_dtypes, default_scale, prepare_qkv
 from core_attn.ops.packed import by_sequence, packing
 from core_attn.ops.scalar_decay import chunked, recurrent, reference, triton
 
@@ -131,8 +131,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         )
     if v.shape[1] != q.shape[1] and (q.shape[1] == 0 or v.shape[1] % q.shape[1]):
         raise ValueError(f"the {q.shape[1]} heads of q and k must divide the {v.shape[1]} heads of v")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_dtypes(q=q, k=k, v=v)
     if log_decay.shape not in (v.shape[1:2], v.shape[:3]) or not log_decay.is_floating_point():
         raise ValueError(
             f"log_decay must be floating point of shape (H,) or (B, H, L), {tuple(v.shape[1:2])} or "

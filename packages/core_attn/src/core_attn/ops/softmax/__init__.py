@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
+from core_attn.ops.arguments import autocast_dtype, check_dtypes
 from core_attn.ops.softmax import blocked, cpu, flash, flex, reference, sdpa, triton
 
 OPERATOR = Operator(
@@ -69,10 +70,7 @@ def softmax_attention(
         UnknownNameError: no such backend.
     """
     _check(q, k, v, mask, bias, key_padding_mask, dropout)
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype is torch.float32:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast_dtype(q, k, v)
     if key_padding_mask is not None:
         # Weights of exactly zero do not protect from NaN: 0 * NaN is NaN, forward and backward.
         padding = ~key_padding_mask[:, None, :, None]
@@ -128,8 +126,7 @@ def _check(
         raise ValueError(f"q (B, H, L, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) do not fit: got {_shapes(q, k, v)}")
     if k.shape[1] != q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_dtypes(q=q, k=k, v=v)
     whole = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if mask is not None:
         if mask.dtype is not torch.bool:

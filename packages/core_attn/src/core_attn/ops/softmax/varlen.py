@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator, Request
+from core_attn.ops.arguments import autocast_dtype, check_dtypes
 from core_attn.ops.packed import longest_sequence
 from core_attn.ops.softmax import blocked, reference, triton
 
@@ -111,8 +112,7 @@ def softmax_attention_varlen(
         raise ValueError(f"packed q, k and v must have shapes (T, H, D), (S, Hkv, D) and (S, Hkv, Dv), got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_dtypes(q=q, k=k, v=v)
     longest = (
         longest_sequence("offsets_q", offsets_q, q.shape[0]),
         longest_sequence("offsets_k", offsets_k, k.shape[0]),
@@ -121,10 +121,7 @@ def softmax_attention_varlen(
         raise ValueError(
             f"offsets_q and offsets_k must name as many sequences, got {len(offsets_q) - 1} and {len(offsets_k) - 1}"
         )
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype is torch.float32:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast_dtype(q, k, v)
     out: Tensor = OPERATOR(
         q,
         k,
