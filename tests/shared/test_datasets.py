@@ -100,12 +100,17 @@ def test_unset_variable_is_mentioned(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_verify(root: Path) -> None:
-    assert [p.split(" is missing")[0] for p in datasets.verify(card())] == [
-        f"{root}/field/one.csv",
-        f"{root}/field/two.csv",
-    ]
+    (sentence,) = datasets.verify(card())  # one sentence, however many files
+    assert sentence.startswith(f"data set 'pair' is not under {root}: download ")
     fill(root)
     assert datasets.verify(card()) == []
+    (root / "field/two.csv").unlink()
+    (sentence,) = datasets.verify(card())
+    assert sentence.startswith(f"a file of data set 'pair' is not under {root}: download http://h/two.csv to ")
+    by_hand = card(files=(DataFile(path="x.csv"),), manual="ask the authors for x.csv")
+    (sentence,) = datasets.verify(by_hand)
+    assert "ask the authors for x.csv, so that there is" in sentence
+    assert "checksum" not in sentence
     fill(root, one=ONE.replace(b"f", b"F"), two=TWO + b"!")
     first, second = datasets.verify(card())
     assert "one.csv differs from the original: SHA-256" in first

@@ -37,9 +37,8 @@ def locate(card: DataCard) -> Path:
         UserError: a file is missing or has another size; the message says what to download, from where, and where to
             put it.
     """
-    missing = [file for file in card.files if not (folder(card) / file.path).is_file()]
-    if missing:
-        raise UserError(f"data set {card.name!r} is not under {_root()}: {how_to_get(card, missing)}")
+    if missing := _missing(card):
+        raise UserError(_not_there(card, missing))
     for file in card.files:
         if (problem := _wrong_size(card, file)) is not None:
             raise UserError(f"{problem}; move it away and get it anew: {how_to_get(card, [file])}")
@@ -51,14 +50,15 @@ def verify(card: DataCard) -> list[str]:
 
     Sizes and SHA-256 are compared where the card knows them.
     """
-    if state_of(card) == "by hand":
+    if not card.files and state_of(card) == "by hand":
         return [f"its files are not known here by checksum, so nothing can be verified: {card.manual}"]
-    problems = []
+    missing = _missing(card)
+    problems = [_not_there(card, missing)] if missing else []
     for file in card.files:
         path = folder(card) / file.path
-        if not path.is_file():
-            problems.append(f"{path} is missing: {how_to_get(card, [file])}")
-        elif (size := _wrong_size(card, file)) is not None:
+        if file in missing:
+            continue
+        if (size := _wrong_size(card, file)) is not None:
             problems.append(size)
         elif file.sha256 is not None and (found := _hash(path)) != file.sha256.lower():
             problems.append(f"{path} differs from the original: SHA-256 {found}, expected {file.sha256.lower()}")
@@ -199,6 +199,18 @@ def check(app: App, name_or_path: str, args: Any = None) -> list[str]:
     except UserError as error:
         return [str(error)]
     return problems
+
+
+def _missing(card: DataCard) -> list[DataFile]:
+    return [file for file in card.files if not (folder(card) / file.path).is_file()]
+
+
+def _not_there(card: DataCard, missing: Sequence[DataFile]) -> str:
+    if len(missing) == len(card.files):
+        return f"data set {card.name!r} is not under {_root()}: {how_to_get(card, missing)}"
+    some = "a file" if len(missing) == 1 else f"{len(missing)} of {len(card.files)} files"
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{some} of data set {card.name!r} {verb} not under {_root()}: {how_to_get(card, missing)}"
 
 
 def _wrong_size(card: DataCard, file: DataFile) -> str | None:
