@@ -30,8 +30,9 @@ from attn_shared import datasets, options, page, plotting, trainer
 from attn_shared.app import App, ModelCard
 from attn_shared.config import RunConfig, config_to_dict
 from attn_shared.errors import UserError
+from attn_shared.intervals import interval_names
 from attn_shared.profiling import DEFINITIONS, Cost, machine, measure_costs
-from attn_shared.report import COST_NAMES, cost_text, interval_names, main_metrics, metric_text, sentence, sort_key
+from attn_shared.report import COST_NAMES, cost_text, main_metrics, metric_text, sentence, sort_key
 from attn_shared.runs import Run, slug, write_atomically
 from attn_shared.task import DataBundle, Task
 from core_attn import registry

@@ -54,11 +54,6 @@ def main_metrics(task: Task | type[Task], figures: Mapping[str, Any], limit: int
     return [task.primary, *(name for name in named if name != task.primary)][:limit]
 
 
-def interval_names(metric: str) -> tuple[str, str]:
-    """The names under which `Task.compute_metrics` gives the bounds of a metric's interval, where it does."""
-    return f"{metric}, 95% from", f"{metric}, 95% to"
-
-
 def metric_text(task: Task | type[Task], name: str, value: Any) -> str:
     """A metric as the task wants it shown: its `metric_format` is a format such as ".3f"."""
     return page.number(value, task.metric_format.get(name, "") if isinstance(value, float) else "")

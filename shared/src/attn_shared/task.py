@@ -144,7 +144,7 @@ class Task(lightning.LightningModule):
     def compute_metrics(self, split: str, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Final figures of a split from the summed state.
 
-        Beside a metric "m", "m, 95% from" and "m, 95% to" are the bounds of its interval; tables show them with it.
+        Beside a metric stand the bounds of its interval, named by `intervals.interval_names`; tables show them with it.
         """
 
     def example_batch(self, bundle: DataBundle, size: int) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attn_shared.errors import UserError
+from attn_shared.intervals import interval
 
 FORMATS: Mapping[str, str] = {"bits per base": ".4f", "perplexity": ".4f", "accuracy": ".4f", "ece": ".4f"}
 BINS = 15
@@ -101,7 +102,7 @@ def figures(scores: Scores, *, intervals: bool, seed: int = 0) -> dict[str, floa
     }
     if intervals and len(scores.index) > 1:
         low, high = bootstrap(scores, seed=seed)
-        found |= {"bits per base, 95% from": low, "bits per base, 95% to": high}
+        found |= interval("bits per base", low, high)
     return found | rest
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from attn_shared.errors import UserError
+from attn_shared.intervals import interval, interval_names
 
 FORMATS: Mapping[str, str] = {
     "mcc": ".4f",
@@ -92,8 +93,8 @@ def figures(rows: Rows, *, resamples: int = 0, seed: int = 0) -> dict[str, float
     if resamples:
         low, high = bootstrap(rows, resamples, seed)
         for name in low:
-            found[f"{name}, 95% from"], found[f"{name}, 95% to"] = low[name], high[name]
-    names = [name for key in FORMATS for name in (key, f"{key}, 95% from", f"{key}, 95% to")]
+            found |= interval(name, low[name], high[name])
+    names = [name for key in FORMATS for name in (key, *interval_names(key))]
     return {name: found[name] for name in names if name in found}
 
 

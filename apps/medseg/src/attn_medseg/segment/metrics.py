@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from attn_shared.intervals import interval
+
 FORMAT: Mapping[str, str] = {
     "dice": ".4f",
     "hd95": ".3f",
@@ -243,16 +245,12 @@ def figures(rows: Rows, structures: Sequence[str], policy: Policy, *, resamples:
             continue  # nothing was measured, as in validation
         found[name] = _mean(np.array(means))
         if name in bounds:
-            found[f"{name}, 95% from"], found[f"{name}, 95% to"] = bounds[name][-1]
+            found |= interval(name, *bounds[name][-1])
         for number, structure in enumerate(structures):
             if name in ("dice", "hd95") and len(structures) > 1:
                 each[structure][f"{name} {structure}"] = means[number]
                 if name in bounds:
-                    low, high = bounds[name][number]
-                    each[structure] |= {
-                        f"{name} {structure}, 95% from": low,
-                        f"{name} {structure}, 95% to": high,
-                    }
+                    each[structure] |= interval(f"{name} {structure}", *bounds[name][number])
     for name, mask in (("missed", rows.missed), ("invented", rows.invented)):
         found[name] = float(mask.sum())
         for number, structure in enumerate(structures, 1):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attn_recsys.items.metrics import activity_groups
 from attn_shared.errors import UserError
+from attn_shared.intervals import interval
 
 FORMATS: Mapping[str, str] = {
     "auc": ".4f",
@@ -169,7 +170,7 @@ def figures(rows: Rows, *, groups: int, bins: int, intervals: bool) -> dict[str,
     if intervals:
         low, high = bootstrap(rows)
         for name in low:
-            found |= {f"{name}, 95% from": low[name], f"{name}, 95% to": high[name]}
+            found |= interval(name, low[name], high[name])
     return found
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attn_shared.errors import UserError
+from attn_shared.intervals import interval
 
 SAMPLED = "sampled_"
 _RESAMPLES = 1000
@@ -210,7 +211,7 @@ def figures(users: Users, ks: Sequence[int], *, groups: int, intervals: bool) ->
         several = [*main, f"{start}auc"]
         low, high = bootstrap(np.stack([users.figures[name] for name in several], axis=1))
         for i, name in enumerate(several):
-            found |= {f"{name}, 95% from": float(low[i]), f"{name}, 95% to": float(high[i])}
+            found |= interval(name, low[i], high[i])
     return found
 
 

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
+from attn_shared.intervals import with_intervals
+
 FORMAT: Mapping[str, str] = {
     "accuracy": ".3f",
     "auroc": ".3f",
@@ -106,7 +108,7 @@ def figures(found: Scored, *, resamples: int = 0) -> dict[str, float]:
     if not resamples:
         return {**plain, "bags": float(len(found.label))}
     bounds = intervals(lambda rows: scores(found.take(rows)), found.patient, resamples)
-    return {**_with(plain, bounds), "bags": float(len(found.label))}
+    return {**with_intervals(plain, bounds), "bags": float(len(found.label))}
 
 
 def intervals(
@@ -132,15 +134,6 @@ def intervals(
         if len(kept):
             low, high = np.quantile(kept, (0.025, 0.975))
             found[name] = (float(low), float(high))
-    return found
-
-
-def _with(plain: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in plain.items():
-        found[name] = value
-        if name in bounds and not math.isnan(value):
-            found[f"{name}, 95% from"], found[f"{name}, 95% to"] = bounds[name]
     return found
 
 

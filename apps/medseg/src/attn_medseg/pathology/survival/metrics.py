@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attn_medseg.pathology.survival.estimates import Steps
+from attn_shared.intervals import with_intervals
 
 Array = NDArray[np.float64]
 FORMAT: Mapping[str, str] = {
@@ -121,12 +122,7 @@ def figures(found: Scored, state: Mapping[str, Any], *, resamples: int = 0) -> d
         **{name: float(each.mean()) for name, each in single.items() if not np.isnan(each).any()},
     }
     bounds = intervals([found], state_of=[state], resamples=resamples) if resamples else {}
-    told: dict[str, float] = {}
-    for name, value in plain.items():
-        told[name] = value
-        if name in bounds and not math.isnan(value):
-            told[f"{name}, 95% from"], told[f"{name}, 95% to"] = bounds[name]
-    return {**told, "patients": float(len(found.time)), "events": float(found.event.sum())}
+    return {**with_intervals(plain, bounds), "patients": float(len(found.time)), "events": float(found.event.sum())}
 
 
 def intervals(
