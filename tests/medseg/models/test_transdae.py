@@ -122,3 +122,19 @@ def test_tokens_and_images_are_the_same() -> None:
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="kernel must be larger than dilation"):
         make(**options)
+
+
+def test_the_dilated_convolution_stays_out_of_autocast() -> None:
+    """Its gradient in bfloat16 has held NaN; around it mixed precision goes on."""
+    torch.manual_seed(0)
+    layer = LargeKernelAttention(2, 8, kernel=21, dilation=3)
+    x = torch.randn(2, 8, 12, 10)
+    dtypes = {}
+    for name, module in layer.named_children():
+        module.register_forward_hook(lambda _, seen, out, name=name: dtypes.update({name: (seen[0].dtype, out.dtype)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layer(x)
+    assert dtypes["near"][1] is dtypes["mix"][1] is torch.bfloat16
+    assert dtypes["far"] == (torch.float32, torch.float32)
+    right = layer(x)
+    assert (low.float() - right).abs().max() < 3e-2 * right.abs().max()

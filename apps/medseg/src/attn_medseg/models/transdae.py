@@ -147,7 +147,12 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) -> (B, C, *grid)."""
-        found: Tensor = x * self.mix(self.far(self.near(x)))
+        near = self.near(x)
+        # Not under autocast: in bfloat16 on the CPU the gradient of the dilated convolution's weights held NaN now and
+        # then, its inputs finite (torch 2.13).
+        with torch.autocast(x.device.type, enabled=False):
+            far = self.far(near.to(self.far.weight.dtype))
+        found: Tensor = x * self.mix(far)
         return found
 
 
