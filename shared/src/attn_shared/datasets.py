@@ -52,11 +52,10 @@ def verify(card: DataCard) -> list[str]:
     """
     if not card.files and state_of(card) == "by hand":
         return [f"its files are not known here by checksum, so nothing can be verified: {card.manual}"]
-    missing = _missing(card)
-    problems = [_not_there(card, missing)] if missing else []
+    problems = [_not_there(card, missing)] if (missing := _missing(card)) else []
     for file in card.files:
         path = folder(card) / file.path
-        if file in missing:
+        if not path.is_file():
             continue
         if (size := _wrong_size(card, file)) is not None:
             problems.append(size)

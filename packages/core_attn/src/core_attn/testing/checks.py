@@ -31,6 +31,7 @@ from core_attn.testing.harness import (
     error_of,
     keys_of,
     layouts,
+    median_error_of,
     name_of,
     padding_masks,
     pairs,
@@ -230,12 +231,7 @@ def check_precision(s: Subject) -> str:
             call = s.inputs(pattern, length, dtype=dtype)
             exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()}
             got, right = run(low, call).double(), run(high, exact)
-            if s.info.selects and dtype is torch.bfloat16:
-                # Rounding may swap two choices of nearly equal rank, which changes the rows that read them.
-                scale = right.abs().max()
-                error = ((got - right).abs().amax(-1) / scale).flatten().median().item()
-            else:
-                error = error_of(got, right)
+            error = median_error_of(got, right) if s.info.selects and dtype is torch.bfloat16 else error_of(got, right)
             worst[dtype] = max(worst[dtype], error)
             if not error <= TOLERANCE[dtype]:
                 raise Broken(f"{pattern}: {name_of(dtype)} is off by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}")
@@ -261,8 +257,7 @@ def check_autocast(s: Subject) -> str:
         for at, (what, (a, b)) in enumerate(zip(("output", "gradient"), pairs(got, right))):
             error, allowed = error_of(a, b), TOLERANCE[low]
             if s.info.selects and at == 0:
-                # As in `check_precision`: rounding may swap two choices.
-                error = ((a.double() - b).abs().amax(-1) / b.abs().max()).flatten().median().item()
+                error = median_error_of(a, b)
             elif s.info.selects and a.isfinite().all():
                 continue
             if error > allowed and error != float("inf"):

@@ -39,6 +39,14 @@ def error_of(got: Tensor, right: Tensor, *, floor: float = 1e-6) -> float:
     return ((got - right).abs().max() / right.abs().max().clamp(min=floor)).item()
 
 
+def median_error_of(got: Tensor, right: Tensor) -> float:
+    """The median over rows (..., C) of the largest difference, relative to the largest value of `right`.
+
+    For what selects: rounding may swap two choices of nearly equal rank, which changes the rows that read them.
+    """
+    return ((got.double() - right).abs().amax(-1) / right.abs().max()).flatten().median().item()
+
+
 def worst(got: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """The largest `error_of` of as many pairs, relative where the largest value of the right tensor is above 1."""
     return max((error_of(a, b, floor=1.0) for a, b in zip(got, right, strict=True)), default=0.0)

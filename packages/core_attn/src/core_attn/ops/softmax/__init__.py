@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core_attn.dispatch import Backend, Operator
-from core_attn.ops.arguments import autocast_dtype, check_dtypes
+from core_attn.ops.arguments import check_qkv, prepare_qkv
 from core_attn.ops.softmax import blocked, cpu, flash, flex, reference, sdpa, triton
 
 OPERATOR = Operator(
@@ -70,11 +70,7 @@ def softmax_attention(
         UnknownNameError: no such backend.
     """
     _check(q, k, v, mask, bias, key_padding_mask, dropout)
-    q, k, v = autocast_dtype(q, k, v)
-    if key_padding_mask is not None:
-        # Weights of exactly zero do not protect from NaN: 0 * NaN is NaN, forward and backward.
-        padding = ~key_padding_mask[:, None, :, None]
-        k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+    q, k, v = prepare_qkv(q, k, v, key_padding_mask)
     out: Tensor = OPERATOR(
         q,
         k,
@@ -120,13 +116,7 @@ def _check(
     key_padding_mask: Tensor | None,
     dropout: float,
 ) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k and v must have shape (B, H, L, D), got {_shapes(q, k, v)}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q (B, H, L, D), k (B, Hkv, M, D) and v (B, Hkv, M, Dv) do not fit: got {_shapes(q, k, v)}")
-    if k.shape[1] != q.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-        raise ValueError(f"the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q")
-    check_dtypes(q=q, k=k, v=v)
+    check_qkv(q, k, v, key_padding_mask)
     whole = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if mask is not None:
         if mask.dtype is not torch.bool:
@@ -136,14 +126,6 @@ def _check(
         if not bias.is_floating_point():
             raise ValueError(f"bias must be floating point, got {bias.dtype}; boolean ones go to mask")
         _check_broadcast("bias", bias, whole)
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype is not torch.bool:
-            raise ValueError(f"key_padding_mask must be boolean (True = real token), got {key_padding_mask.dtype}")
-        if key_padding_mask.shape != (k.shape[0], k.shape[2]):
-            raise ValueError(
-                f"key_padding_mask must have shape (B, M) = {(k.shape[0], k.shape[2])}, "
-                f"got {tuple(key_padding_mask.shape)}"
-            )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
 
@@ -151,7 +133,3 @@ def _check(
 def _check_broadcast(name: str, x: Tensor, whole: tuple[int, ...]) -> None:
     if x.dim() > 4 or any(n not in (1, m) for n, m in zip(reversed(x.shape), reversed(whole))):
         raise ValueError(f"{name} of shape {tuple(x.shape)} does not broadcast to (B, H, L, M) = {whole}")
-
-
-def _shapes(*tensors: Tensor) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in tensors)
